@@ -1,0 +1,1 @@
+//! The keeper: one small process per attached volume, between the block layer and ZeroFS.

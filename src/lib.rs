@@ -1,0 +1,9 @@
+//! zerofsctl: the life cycle of ZeroFS block volumes.
+#![warn(missing_docs)]
+
+pub mod error;
+pub mod values;
+
+pub mod catalog;
+pub mod keeper;
+pub mod zerofs;

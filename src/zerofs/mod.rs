@@ -1,0 +1,1 @@
+//! ZeroFS itself: its versions, its config, and clients for the protocols that it speaks.
