@@ -4,6 +4,14 @@
 pub mod error;
 pub mod values;
 
-pub mod catalog;
-pub mod keeper;
+pub mod plan;
+pub mod step;
+pub mod ops;
+
+pub mod run;
+pub mod journal;
+
+pub mod host;
 pub mod zerofs;
+pub mod keeper;
+pub mod catalog;
