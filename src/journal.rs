@@ -333,9 +333,10 @@ fn fold(bytes: &[u8]) -> Result<(Vec<Run>, usize)> {
         let Some(length) = bytes[at..].iter().position(|b| *b == b'\n') else { break };
         let line = &bytes[at..at + length];
         let next = at + length + 1;
-        let record = std::str::from_utf8(line).ok().and_then(|l| l.split_once(' ')).filter(|(crc, json)| {
-            u32::from_str_radix(crc, 16).ok() == Some(crc32c::crc32c(json.as_bytes()))
-        });
+        let record = std::str::from_utf8(line)
+            .ok()
+            .and_then(|l| l.split_once(' '))
+            .filter(|(crc, json)| u32::from_str_radix(crc, 16).ok() == Some(crc32c::crc32c(json.as_bytes())));
         let Some((_, json)) = record else {
             if next >= bytes.len() {
                 break;
@@ -368,7 +369,9 @@ fn apply(runs: &mut Vec<Run>, record: Record) -> Result<()> {
         return Ok(());
     }
     let run = runs.last_mut().filter(|r| r.end.is_none()).ok_or_else(|| illegal("a record outside a run"))?;
-    let state = |run: &Run, task: usize| run.states.get(task).copied().ok_or_else(|| illegal("a task that the plan lacks"));
+    let state = |run: &Run, task: usize| {
+        run.states.get(task).copied().ok_or_else(|| illegal("a task that the plan lacks"))
+    };
     match record {
         Record::Begin { .. } => {}
         Record::Started { task, facts } => {
@@ -416,7 +419,7 @@ pub enum Settlement {
     Finish,
     /// Take it back.
     Unwind,
-    /// Close it: what is wanted takes everything down anyway.
+    /// Close it: what it did may stay, and what is wanted does not need the rest.
     Abandon,
 }
 
@@ -430,7 +433,8 @@ pub fn settlement(open: Option<&Run>, wanted: Option<&Plan>) -> Settlement {
         return Settlement::Resume;
     }
     match (run.plan.operation, wanted.map(|p| p.operation)) {
-        (Operation::Resize, Some(Operation::Detach)) => Settlement::Abandon,
+        // Grown as far as it got is safe, and the next resize grows the rest.
+        (Operation::Resize, Some(_)) => Settlement::Abandon,
         (operation, _) if operation.settles_forward() => Settlement::Finish,
         _ => Settlement::Unwind,
     }
@@ -510,7 +514,8 @@ mod tests {
     fn a_torn_last_line_is_dropped_at_every_byte() {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path(), &volume()).unwrap();
-        let attach = plan(Operation::Attach, vec![Task::apply(WriteConfig {}.into()), Task::apply(mount("/m"))]);
+        let attach =
+            plan(Operation::Attach, vec![Task::apply(WriteConfig {}.into()), Task::apply(mount("/m"))]);
         journal.begin(attach, Facts::default()).unwrap();
         journal.started(0, &Facts::default()).unwrap();
         let before = std::fs::metadata(&journal.path).unwrap().len() as usize;
@@ -569,7 +574,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path(), &volume()).unwrap();
         for target in ["/a", "/b"] {
-            journal.begin(plan(Operation::Attach, vec![Task::apply(mount(target))]), Facts::default()).unwrap();
+            journal
+                .begin(plan(Operation::Attach, vec![Task::apply(mount(target))]), Facts::default())
+                .unwrap();
             journal.started(0, &Facts::default()).unwrap();
             journal.settled(0, Outcome::Done, &Facts::default()).unwrap();
             journal.end(End::Done).unwrap();

@@ -4,14 +4,14 @@
 pub mod error;
 pub mod values;
 
+pub mod ops;
 pub mod plan;
 pub mod step;
-pub mod ops;
 
-pub mod run;
 pub mod journal;
+pub mod run;
 
-pub mod host;
-pub mod zerofs;
-pub mod keeper;
 pub mod catalog;
+pub mod host;
+pub mod keeper;
+pub mod zerofs;

@@ -96,7 +96,6 @@ pub struct Plan {
     pub tasks: Vec<Task>,
 }
 
-
 /// A block device that shows a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {

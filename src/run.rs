@@ -134,9 +134,18 @@ impl Engine<'_> {
     }
 
     /// One task: probe; if it is not so, record, do, record.
-    fn take(&self, journal: &mut Journal, plan: &Plan, index: usize, task: &Task, facts: &mut Facts) -> Result<Outcome> {
+    fn take(
+        &self,
+        journal: &mut Journal,
+        plan: &Plan,
+        index: usize,
+        task: &Task,
+        facts: &mut Facts,
+    ) -> Result<Outcome> {
         if self.observer.interrupted() {
-            return Err(Error::new(Kind::Interrupted, "interrupted").hint("run the same command again to go on"));
+            return Err(
+                Error::new(Kind::Interrupted, "interrupted").hint("run the same command again to go on")
+            );
         }
         let outcome = if task.step.is_settled(task.direction, &plan.volume, facts, self.host)? {
             Outcome::Already
@@ -174,9 +183,9 @@ impl Engine<'_> {
             Ok(()) => error,
             Err(second) => {
                 let volume = error.volume().map_or_else(String::new, |v| format!(" {v}"));
-                error
-                    .context(format!("and undoing failed too ({second})"))
-                    .hint(format!("see what is left: zerofsctl show{volume}; then: zerofsctl recover{volume}"))
+                error.context(format!("and undoing failed too ({second})")).hint(format!(
+                    "see what is left: zerofsctl show{volume}; then: zerofsctl recover{volume}"
+                ))
             }
         }
     }

@@ -277,8 +277,9 @@ impl FromStr for Slice {
             _ => None,
         };
         parsed.ok_or_else(|| {
-            Error::usage(format!("invalid slice {s:?}"))
-                .hint("write N/T for the Nth of T parts, such as 1/7, or P% for the first P percent, such as 10%")
+            Error::usage(format!("invalid slice {s:?}")).hint(
+                "write N/T for the Nth of T parts, such as 1/7, or P% for the first P percent, such as 10%",
+            )
         })
     }
 }

@@ -66,7 +66,8 @@ impl Machine {
     }
 
     fn detach_scope(&self, scope: &Scope) -> Result<()> {
-        ops::detach::detach(&self.engine(), self.run_dir.path(), &volume(), scope, Default::default()).map(drop)
+        ops::detach::detach(&self.engine(), self.run_dir.path(), &volume(), scope, Default::default())
+            .map(drop)
     }
 
     fn detach(&self) -> Result<()> {
@@ -105,7 +106,10 @@ impl Machine {
         assert_eq!(self.host.leftovers(), Vec::<&str>::new(), "{when}");
         assert_eq!(journal::volumes(self.run_dir.path()).unwrap(), vec![], "{when}");
         let locks = self.run_dir.path().join("locks");
-        assert!(!locks.exists() || std::fs::read_dir(locks).unwrap().count() == 0, "{when}: a lock file is left");
+        assert!(
+            !locks.exists() || std::fs::read_dir(locks).unwrap().count() == 0,
+            "{when}: a lock file is left"
+        );
     }
 
     fn assert_data(&self, when: &str) {
@@ -317,6 +321,7 @@ fn a_failure_at_every_instant_is_reported_and_leaves_nothing_behind() {
             let (left, data) = (m.host.leftovers(), m.host.acknowledged());
             m.host.fail_at(Some(instant));
             let result = (case.command)(&m);
+            m.host.fail_at(None);
             let when = format!("{}, refused at instant {instant}", case.name);
             let failed = result.is_err();
             if let Err(e) = result {

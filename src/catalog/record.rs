@@ -4,4 +4,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[allow(missing_docs)]
-pub enum Content { Never, Formatting, Formatted, Raw, Unknown }
+pub enum Content {
+    Never,
+    Formatting,
+    Formatted,
+    Raw,
+    Unknown,
+}

@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::{
-    ClaimRequest, Claimed, Content, DeviceView, Host, KeeperOptions, KeeperView, MountEntry, Observe, Signature,
-    StopOptions, TargetView, User,
+    ClaimRequest, Claimed, Content, DeviceView, Host, KeeperOptions, KeeperView, MountEntry, Observe,
+    Signature, StopOptions, TargetView, User,
 };
 use crate::error::{Error, Kind, Result};
 use crate::plan::{CheckResult, Device};
@@ -159,8 +159,12 @@ impl FakeHost {
 
     /// Somebody put a file into a folder, or mounted something there.
     pub fn mount_foreign(&self, target: &str) {
-        let entry =
-            MountEntry { target: target.into(), source: "/dev/other".into(), fs: "ext4".into(), read_only: false };
+        let entry = MountEntry {
+            target: target.into(),
+            source: "/dev/other".into(),
+            fs: "ext4".into(),
+            read_only: false,
+        };
         self.world.borrow_mut().mounts.push(entry);
     }
 
@@ -385,7 +389,10 @@ impl Host for FakeHost {
     fn start_keeper(&self, _: &VolumeId, epoch: u64, _: &KeeperOptions) -> Result<()> {
         self.change(|w| {
             assert!(w.config, "started without a config");
-            assert!(w.record.as_ref().is_some_and(|r| r.owned && r.epoch == epoch), "started without the claim");
+            assert!(
+                w.record.as_ref().is_some_and(|r| r.owned && r.epoch == epoch),
+                "started without the claim"
+            );
             assert!(!w.keeper, "a second keeper");
             // An orphan is adopted, not doubled.
             w.keeper = true;
@@ -488,7 +495,10 @@ impl Host for FakeHost {
     fn format(&self, device: &Device, fs: FsType, _: &VolumeId) -> Result<()> {
         let make = |clean| {
             move |w: &mut World| {
-                assert!(w.record.as_ref().is_some_and(|r| r.content == Content::Formatting), "mkfs unannounced");
+                assert!(
+                    w.record.as_ref().is_some_and(|r| r.content == Content::Formatting),
+                    "mkfs unannounced"
+                );
                 assert!(w.acknowledged.is_empty(), "mkfs over acknowledged data");
                 let disk = w.disk.as_mut().ok_or_else(|| Error::failed("no disk"))?;
                 disk.filesystem = Some(Filesystem { fs, clean, size: device.size, data: vec![] });
@@ -520,11 +530,23 @@ impl Host for FakeHost {
         })
     }
 
-    fn mount(&self, device: &Device, fs: FsType, target: &TargetPath, _: &[String], read_only: bool) -> Result<()> {
+    fn mount(
+        &self,
+        device: &Device,
+        fs: FsType,
+        target: &TargetPath,
+        _: &[String],
+        read_only: bool,
+    ) -> Result<()> {
         self.change(|w| {
-            assert_eq!(w.record.as_ref().map(|r| r.content), Some(Content::Formatted), "mounted before it was recorded");
+            assert_eq!(
+                w.record.as_ref().map(|r| r.content),
+                Some(Content::Formatted),
+                "mounted before it was recorded"
+            );
             assert!(w.folders.contains(target.as_path()), "mounted on nothing");
-            let f = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()).expect("mounted without a filesystem");
+            let f =
+                w.disk.as_mut().and_then(|d| d.filesystem.as_mut()).expect("mounted without a filesystem");
             assert!(f.clean || !w.mounts.is_empty(), "mounted without a preen");
             assert_eq!(f.fs, fs);
             f.clean = read_only;

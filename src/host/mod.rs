@@ -248,7 +248,14 @@ pub trait Host: Observe {
     /// Checks, and with `repair` repairs, an unmounted filesystem.
     fn check(&self, device: &Device, fs: FsType, repair: bool) -> Result<CheckResult>;
     /// Mounts. The folder exists.
-    fn mount(&self, device: &Device, fs: FsType, target: &TargetPath, options: &[String], read_only: bool) -> Result<()>;
+    fn mount(
+        &self,
+        device: &Device,
+        fs: FsType,
+        target: &TargetPath,
+        options: &[String],
+        read_only: bool,
+    ) -> Result<()>;
     /// Unmounts; `dead` detaches lazily when a process still holds a dead filesystem.
     fn unmount(&self, target: &Path, dead: bool) -> Result<()>;
     /// Grows the mounted filesystem to the device's size.

@@ -76,8 +76,9 @@ pub(super) fn prepare(spec: &AttachSpec) -> Vec<Task> {
 /// Attaches; a second time it is `already`, and at another target it is a second mount.
 pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<RunReport> {
     let plan = spec.plan();
-    let (mut journal, _) = settled(engine, run_dir, &spec.volume, Some(&plan))?;
+    let mut journal = Journal::open(run_dir, &spec.volume)?;
     let result = (|| {
+        engine.settle(&mut journal, Some(&plan))?;
         // A resumed run takes care of itself; the probes of its steps find a dead device.
         clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
         let facts = journal.standing().facts.carried();

@@ -56,9 +56,10 @@ pub fn detach(
     let mut journal = Journal::open(run_dir, volume)?;
     let wanted = Plan { operation: Operation::Detach, volume: volume.clone(), tasks: vec![] };
     let result = (|| {
-        // An earlier detach that was cut short: this one's own stop options count, so it starts afresh from
-        // what stands; the old run is closed, since a detach looks before it does anything.
-        if journal.open_run().is_some_and(|r| r.plan.operation == Operation::Detach && !r.unwinding) {
+        // An earlier detach of everything that was cut short, wanted again: this one's own stop options
+        // count, so it starts afresh from what stands.
+        let open_detach = journal.open_run().is_some_and(|r| r.plan.operation == Operation::Detach);
+        if open_detach && *scope == Scope::Volume {
             journal.end(crate::journal::End::Abandoned)?;
         }
         engine.settle(&mut journal, Some(&wanted))?;

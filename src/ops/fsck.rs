@@ -23,7 +23,9 @@ impl FsckSpec {
         let down: Vec<Task> = tasks
             .iter()
             .rev()
-            .filter(|t| matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_)))
+            .filter(|t| {
+                matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
+            })
             .map(|t| Task::undo(t.step.clone()))
             .collect();
         for task in &mut tasks {
@@ -44,8 +46,9 @@ impl FsckSpec {
 /// Checks a volume that is not attached.
 pub fn fsck(engine: &Engine<'_>, run_dir: &Path, spec: &FsckSpec) -> Result<RunReport> {
     let volume = &spec.attach.volume;
-    let (mut journal, _) = settled(engine, run_dir, volume, None)?;
+    let mut journal = Journal::open(run_dir, volume)?;
     let result = (|| {
+        engine.settle(&mut journal, None)?;
         if journal.standing().claimed {
             return Err(Error::new(Kind::Busy, "it is attached on this node")
                 .on(volume)

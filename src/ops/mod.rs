@@ -22,13 +22,6 @@ pub mod resize;
 pub use attach::AttachSpec;
 pub use detach::Scope;
 
-/// A volume's journal, open and settled as far as `wanted` needs.
-fn settled(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId, wanted: Option<&Plan>) -> Result<(Journal, bool)> {
-    let mut journal = Journal::open(run_dir, volume)?;
-    let resume = engine.settle(&mut journal, wanted)? == Settlement::Resume;
-    Ok((journal, resume))
-}
-
 /// Takes down mounts and device whose keeper was killed: on FUSE they can only give errors any more.
 /// Returns the places that were mounted there.
 fn clear_wreck(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<Vec<Step>> {

@@ -17,6 +17,11 @@ pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result
     let mut journal = Journal::open(run_dir, volume)?;
     let result = (|| {
         let mut what = Vec::new();
+        // A resize needs a living volume: it is finished last.
+        let resize = journal.open_run().and_then(resize_to);
+        if resize.is_some() {
+            journal.end(crate::journal::End::Abandoned)?;
+        }
         let name = journal.open_run().map(|r| r.plan.operation.name());
         match (engine.settle(&mut journal, None)?, name) {
             (Settlement::Finish, Some(name)) => what.push(format!("finished a {name} that was cut short")),
@@ -35,15 +40,32 @@ pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result
             engine.run(&mut journal, plan, facts)?;
             what.push("attached it again".into());
         }
+        if let (Some(size), true) = (resize, journal.standing().connect.is_some()) {
+            let standing = journal.standing();
+            let plan = super::resize::plan(volume, &standing, size)?;
+            engine.run(&mut journal, plan, standing.facts)?;
+            what.push("finished a resize that was cut short".into());
+        }
         Ok(Recovered { what, attached: journal.standing().connect.is_some() })
     })();
     journal.close()?;
     result
 }
 
+/// The size that an open resize was after.
+fn resize_to(run: &crate::journal::Run) -> Option<ByteSize> {
+    run.plan.tasks.iter().find_map(|t| match &t.step {
+        Step::GrowDisk(g) => Some(g.size),
+        _ => None,
+    })
+}
+
 /// The attach that the journal remembers, with all its places.
 fn again_plan(volume: &VolumeId, standing: &Standing, claim: step::Claim, connect: step::Connect) -> Plan {
-    let start = standing.start.clone().unwrap_or(step::Start { options: Default::default(), stop: Default::default() });
+    let start = standing
+        .start
+        .clone()
+        .unwrap_or(step::Start { options: Default::default(), stop: Default::default() });
     let read_only = connect.read_only;
     // Size and filesystem are recorded by now.
     let claim = step::Claim { size: None, fs: None, must_exist: true, ..claim };
@@ -61,5 +83,9 @@ fn again_plan(volume: &VolumeId, standing: &Standing, claim: step::Claim, connec
         steps.push(step::Preen { read_only }.into());
     }
     steps.extend(standing.places.iter().cloned());
-    Plan { operation: Operation::Attach, volume: volume.clone(), tasks: steps.into_iter().map(Task::apply).collect() }
+    Plan {
+        operation: Operation::Attach,
+        volume: volume.clone(),
+        tasks: steps.into_iter().map(Task::apply).collect(),
+    }
 }

@@ -10,10 +10,8 @@ pub fn plan(volume: &VolumeId, standing: &Standing, size: ByteSize) -> Result<Pl
             .on(volume)
             .hint(format!("attach it read-write, then resize it: zerofsctl detach {volume}")));
     }
-    let mut tasks = vec![
-        Task::apply(step::GrowDisk { size }.into()),
-        Task::apply(step::GrowDevice { size }.into()),
-    ];
+    let mut tasks =
+        vec![Task::apply(step::GrowDisk { size }.into()), Task::apply(step::GrowDevice { size }.into())];
     let mounted = standing.places.iter().find_map(|p| match p {
         Step::Mount(m) => Some(m.target.clone()),
         _ => None,
@@ -26,8 +24,12 @@ pub fn plan(volume: &VolumeId, standing: &Standing, size: ByteSize) -> Result<Pl
 
 /// Grows an attached volume.
 pub fn resize(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId, size: ByteSize) -> Result<RunReport> {
-    let (mut journal, _) = settled(engine, run_dir, volume, None)?;
+    let mut journal = Journal::open(run_dir, volume)?;
     let result = (|| {
+        // An attach or detach that was cut short is settled first; then this one sees what stands.
+        if journal.open_run().is_some_and(|r| r.plan.operation != Operation::Resize) {
+            engine.settle(&mut journal, None)?;
+        }
         let standing = journal.standing();
         let plan = plan(volume, &standing, size)?;
         engine.run(&mut journal, plan, standing.facts)

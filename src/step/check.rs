@@ -56,10 +56,14 @@ impl Act for Check {
                 facts.check = Some(host.check(&device, fs, self.repair)?);
                 Ok(())
             }
-            Some(Signature::Blank) => Err(Error::refused("there is no filesystem on it: the device is blank")
-                .hint(format!("make one by attaching it: zerofsctl attach {volume} --target DIR"))),
-            Some(Signature::Other(what)) => Err(Error::refused(format!("there is no filesystem that we know on it: {what}"))
-                .hint("attach it with --block and use the tools of whatever is on it")),
+            Some(Signature::Blank) => {
+                Err(Error::refused("there is no filesystem on it: the device is blank")
+                    .hint(format!("make one by attaching it: zerofsctl attach {volume} --target DIR")))
+            }
+            Some(Signature::Other(what)) => {
+                Err(Error::refused(format!("there is no filesystem that we know on it: {what}"))
+                    .hint("attach it with --block and use the tools of whatever is on it"))
+            }
             None => Err(Error::failed("the device was not probed")),
         }
     }

@@ -54,7 +54,8 @@ impl Claim {
         facts.epoch = Some(claimed.epoch);
         facts.capacity = claimed.capacity.or(self.size);
         facts.content = Some(claimed.content);
-        facts.fs = if claimed.content == Content::Never { self.fs.or(claimed.fs) } else { claimed.fs.or(self.fs) };
+        facts.fs =
+            if claimed.content == Content::Never { self.fs.or(claimed.fs) } else { claimed.fs.or(self.fs) };
         for note in claimed.notes {
             if !facts.notes.contains(&note) {
                 facts.notes.push(note);

@@ -58,9 +58,13 @@ pub struct Connect {
 impl Connect {
     fn learn(&self, device: Device, volume: &VolumeId, facts: &mut Facts) -> Result<()> {
         if device.read_only != self.read_only {
-            let (is, asked) = if device.read_only { ("read-only", "read-write") } else { ("read-write", "read-only") };
-            return Err(Error::new(Kind::Conflict, format!("it is attached {is} at the moment, not {asked}"))
-                .hint(format!("detach it first: zerofsctl detach {volume}")));
+            let (is, asked) =
+                if device.read_only { ("read-only", "read-write") } else { ("read-write", "read-only") };
+            return Err(Error::new(
+                Kind::Conflict,
+                format!("it is attached {is} at the moment, not {asked}"),
+            )
+            .hint(format!("detach it first: zerofsctl detach {volume}")));
         }
         facts.device = Some(device);
         Ok(())
@@ -134,7 +138,10 @@ impl Act for Connect {
                     Kind::Busy,
                     format!("{} is still in use by {}", device.path.display(), list.join(", ")),
                 )
-                .hint(format!("see who: fuser -vm {}; end them, then run the same command again", device.path.display())));
+                .hint(format!(
+                    "see who: fuser -vm {}; end them, then run the same command again",
+                    device.path.display()
+                )));
             }
         }
         host.disconnect(volume, dead)

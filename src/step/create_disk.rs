@@ -55,8 +55,10 @@ impl Act for CreateDisk {
                 if facts.content == Some(Content::Never) {
                     return Ok(false);
                 }
-                Err(Error::refused(format!("its disk has {size}, less than the {wanted} that the catalog records"))
-                    .hint(format!("if a resize was cut short, run: zerofsctl recover {volume}")))
+                Err(Error::refused(format!(
+                    "its disk has {size}, less than the {wanted} that the catalog records"
+                ))
+                .hint(format!("if a resize was cut short, run: zerofsctl recover {volume}")))
             }
             // Larger than recorded: a resize was cut short before it could record the new size.
             _ => {

@@ -31,7 +31,9 @@ impl Act for Format {
 
     fn describe(&self, direction: Direction) -> String {
         match direction {
-            Direction::Apply if self.read_only => "make sure that there is a filesystem (read-only: never make one)".into(),
+            Direction::Apply if self.read_only => {
+                "make sure that there is a filesystem (read-only: never make one)".into()
+            }
             Direction::Apply => "make a filesystem, only if the device is proven blank".into(),
             Direction::Undo => "nothing: a filesystem stays".into(),
         }

@@ -33,7 +33,8 @@ impl Act for GrowDevice {
 
     fn is_applied(&self, volume: &VolumeId, facts: &mut Facts, host: &dyn Observe) -> Result<bool> {
         let device = host.device(volume)?.device.ok_or_else(|| {
-            Error::refused("it has no block device").hint(format!("attach it again: zerofsctl recover {volume}"))
+            Error::refused("it has no block device")
+                .hint(format!("attach it again: zerofsctl recover {volume}"))
         })?;
         let grown = device.size >= self.size;
         facts.device = Some(device);

@@ -58,7 +58,8 @@ impl Act for Link {
 
     fn apply(&self, volume: &VolumeId, facts: &mut Facts, host: &dyn Host) -> Result<()> {
         // From here on anything may write to the device without our knowing.
-        if !self.read_only && facts.content != Some(Content::Raw) && facts.content != Some(Content::Formatted) {
+        if !self.read_only && facts.content != Some(Content::Raw) && facts.content != Some(Content::Formatted)
+        {
             host.record_content(volume, Content::Raw, None)?;
             facts.content = Some(Content::Raw);
         }

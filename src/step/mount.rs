@@ -67,7 +67,8 @@ impl Act for Mount {
     fn is_applied(&self, volume: &VolumeId, facts: &mut Facts, host: &dyn Observe) -> Result<bool> {
         if !self.ours(facts, host)? {
             // Noted before it is made: a kill right after the making must not leave it behind.
-            if host.target(&self.target)? == TargetView::Missing && !facts.made_targets.contains(&self.target) {
+            if host.target(&self.target)? == TargetView::Missing && !facts.made_targets.contains(&self.target)
+            {
                 facts.made_targets.push(self.target.clone());
             }
             return Ok(false);
@@ -91,7 +92,8 @@ impl Act for Mount {
             host.make_folder(&self.target)?;
         }
         let fs = facts.fs.ok_or_else(|| {
-            Error::failed("no filesystem is known on the device").hint(format!("run: zerofsctl fsck {volume}"))
+            Error::failed("no filesystem is known on the device")
+                .hint(format!("run: zerofsctl fsck {volume}"))
         })?;
         host.mount(facts.device()?, fs, &self.target, &self.options, self.read_only)
     }

@@ -19,7 +19,9 @@ impl Act for ProbeSignature {
 
     fn describe(&self, direction: Direction) -> String {
         match direction {
-            Direction::Apply => "look twice what is on the device: blkid, and our own superblock table".into(),
+            Direction::Apply => {
+                "look twice what is on the device: blkid, and our own superblock table".into()
+            }
             Direction::Undo => "nothing".into(),
         }
     }

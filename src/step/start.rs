@@ -25,7 +25,9 @@ impl Act for Start {
     fn describe(&self, direction: Direction) -> String {
         match direction {
             Direction::Apply => "start keeper and ZeroFS, wait until both sockets answer".into(),
-            Direction::Undo if self.stop.force => "flush and stop ZeroFS; kill it when that takes too long".into(),
+            Direction::Undo if self.stop.force => {
+                "flush and stop ZeroFS; kill it when that takes too long".into()
+            }
             Direction::Undo => "flush and stop ZeroFS, wait for its clean exit".into(),
         }
     }

@@ -26,7 +26,9 @@ impl Act for WriteConfig {
 
     fn command(&self, direction: Direction, volume: &VolumeId, _: &Facts) -> String {
         match direction {
-            Direction::Apply => format!("install -m 0600 config.toml \"$STATE_DIR/volumes/{volume}/config.toml\""),
+            Direction::Apply => {
+                format!("install -m 0600 config.toml \"$STATE_DIR/volumes/{volume}/config.toml\"")
+            }
             Direction::Undo => format!("rm -r \"$STATE_DIR/volumes/{volume}\""),
         }
     }
