@@ -1,2 +1,1 @@
 //! The volume catalog: one small record per volume, in the bucket, beside the data.
-pub mod record;
