@@ -1,7 +1,10 @@
 //! zerofsctl: the life cycle of ZeroFS block volumes.
 #![warn(missing_docs)]
 
+pub mod atomic_file;
 pub mod error;
+pub mod password;
+pub mod settings;
 pub mod values;
 
 pub mod ops;
