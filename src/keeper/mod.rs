@@ -1,1 +1,5 @@
 //! The keeper: one small process per attached volume, between the block layer and ZeroFS.
+
+pub mod guard;
+pub mod log;
+pub mod path;
