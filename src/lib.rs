@@ -5,5 +5,6 @@ pub mod error;
 pub mod values;
 
 pub mod catalog;
+pub mod host;
 pub mod keeper;
 pub mod zerofs;

@@ -1,1 +1,3 @@
 //! The keeper: one small process per attached volume, between the block layer and ZeroFS.
+
+pub mod process;

@@ -1,0 +1,3 @@
+//! The host: everything outside the process.
+
+pub mod cgroup;
