@@ -1,1 +1,4 @@
 //! ZeroFS itself: its versions, its config, and clients for the protocols that it speaks.
+
+pub mod nbd;
+pub mod sock;
