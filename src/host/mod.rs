@@ -14,8 +14,9 @@ use crate::error::Result;
 use crate::plan::{CheckResult, Device};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
-pub use crate::catalog::record::Content;
+pub use crate::catalog::Content;
 
+pub mod cgroup;
 pub mod fake;
 
 /// What the catalog gave us with a claim.
