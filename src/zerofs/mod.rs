@@ -1,1 +1,5 @@
 //! ZeroFS itself: its versions, its config, and clients for the protocols that it speaks.
+
+pub mod nbd;
+pub mod ninep;
+pub mod sock;
