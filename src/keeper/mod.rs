@@ -10,6 +10,8 @@
 mod causes;
 pub mod client;
 pub mod control;
+pub mod guard;
+pub mod log;
 pub mod path;
 pub mod process;
 mod supervisor;
