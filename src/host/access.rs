@@ -57,7 +57,8 @@ pub fn save(folder: &Path, url: &StorageUrl, s3: &S3Settings) -> Result<()> {
         session_token: credentials.and_then(|c| c.session_token.as_ref()).map(|t| t.expose().to_owned()),
     };
     let bytes = zeroize::Zeroizing::new(
-        serde_json::to_vec(&stored).map_err(|e| Error::failed(format!("cannot encode the access file: {e}")))?,
+        serde_json::to_vec(&stored)
+            .map_err(|e| Error::failed(format!("cannot encode the access file: {e}")))?,
     );
     let path = path(folder);
     crate::atomic_file::replace(&path, &folder.join(".access.json.new"), &bytes).doing("write", &path)

@@ -22,7 +22,9 @@ pub fn find(file: &Path) -> Result<Option<Device>> {
         // Free devices have no such file.
         let Ok(backing) = std::fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
         let backing = backing.trim_end_matches('\n');
-        if Path::new(backing) == file || backing.strip_suffix(" (deleted)").is_some_and(|b| Path::new(b) == file) {
+        if Path::new(backing) == file
+            || backing.strip_suffix(" (deleted)").is_some_and(|b| Path::new(b) == file)
+        {
             return device(name).map(Some);
         }
     }
@@ -37,7 +39,11 @@ fn device(name: &str) -> Result<Device> {
         text.trim().parse().map_err(|_| Error::failed(format!("{path} holds {text:?}")))
     };
     // sysfs counts in sectors of 512 bytes, whatever the device's own block size is.
-    Ok(Device { path: Path::new("/dev").join(name), read_only: read("ro")? == 1, size: ByteSize(read("size")? * 512) })
+    Ok(Device {
+        path: Path::new("/dev").join(name),
+        read_only: read("ro")? == 1,
+        size: ByteSize(read("size")? * 512),
+    })
 }
 
 /// Puts a loop device on `file`.
@@ -83,7 +89,8 @@ fn configure(path: &Path, backing: &File, read_only: bool) -> std::io::Result<()
     config.fd = backing.as_raw_fd() as u32;
     // 512 as everywhere else a volume may be attached: XFS refuses a device with larger sectors than its own.
     config.block_size = 512;
-    config.info.lo_flags = sys::LO_FLAGS_DIRECT_IO | if read_only { sys::LO_FLAGS_READ_ONLY } else { 0 };
+    config.info.lo_flags =
+        sys::LO_FLAGS_DIRECT_IO as u32 | if read_only { sys::LO_FLAGS_READ_ONLY as u32 } else { 0 };
     // SAFETY: the pointer is to a loop_config that lives during the call.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), u64::from(sys::LOOP_CONFIGURE), &raw const config) };
     if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }

@@ -19,6 +19,7 @@ pub use crate::catalog::Content;
 pub mod access;
 pub mod cgroup;
 pub mod fake;
+mod fssize;
 pub mod linux;
 pub mod loopdev;
 pub mod mounts;

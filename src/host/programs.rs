@@ -53,10 +53,14 @@ impl Program {
         // Without a login shell, PATH often lacks the sbin folders that these live in.
         let path = std::env::var_os("PATH").unwrap_or_default();
         let extra = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
-        std::env::split_paths(&path).chain(extra).map(|dir| dir.join(name)).find(|p| is_program(p)).ok_or_else(|| {
-            Error::environment(format!("the program {name} is not installed"))
-                .hint(format!("install it: apt-get install {package}"))
-        })
+        std::env::split_paths(&path)
+            .chain(extra)
+            .map(|dir| dir.join(name))
+            .find(|p| is_program(p))
+            .ok_or_else(|| {
+                Error::environment(format!("the program {name} is not installed"))
+                    .hint(format!("install it: apt-get install {package}"))
+            })
     }
 
     /// Runs it to its end and collects what it says, bounded. No limit means that it may take as long as it
@@ -89,17 +93,22 @@ impl Program {
                     .hint("look at the device: dmesg | tail"));
                 }
                 // Quick programs are the rule: the pause grows with their age.
-                Ok(None) => std::thread::sleep((begun.elapsed() / 20).clamp(
-                    Duration::from_micros(200),
-                    Duration::from_millis(50),
-                )),
+                Ok(None) => std::thread::sleep(
+                    (begun.elapsed() / 20).clamp(Duration::from_micros(200), Duration::from_millis(50)),
+                ),
                 Err(e) => return Err(Error::failed(format!("cannot wait for {name}: {e}"))),
             }
         };
         let text = |thread: Option<std::thread::JoinHandle<String>>| {
             thread.and_then(|t| t.join().ok()).unwrap_or_default()
         };
-        Ok(Output { name, code: status.code(), signal: status.signal(), stdout: text(stdout), stderr: text(stderr) })
+        Ok(Output {
+            name,
+            code: status.code(),
+            signal: status.signal(),
+            stdout: text(stdout),
+            stderr: text(stderr),
+        })
     }
 }
 

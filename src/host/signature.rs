@@ -72,8 +72,12 @@ fn blkid(device: &Path) -> Result<Option<String>> {
         }
         Some(2) => Ok(None),
         // 8: several signatures at once, among others.
-        _ => Err(Error::refused(format!("nobody can say what is on {}: {}", device.display(), output.failure()))
-            .hint(format!("look at it by hand: wipefs --no-act {}", device.display()))),
+        _ => Err(Error::refused(format!(
+            "nobody can say what is on {}: {}",
+            device.display(),
+            output.failure()
+        ))
+        .hint(format!("look at it by hand: wipefs --no-act {}", device.display()))),
     }
 }
 
@@ -181,7 +185,9 @@ fn is_clean(fs: FsType, start: &[u8]) -> bool {
     if fs != FsType::Ext4 {
         return true;
     }
-    let (Some(state), Some(incompat)) = (start.get(0x43a..0x43c), start.get(0x460..0x464)) else { return false };
+    let (Some(state), Some(incompat)) = (start.get(0x43a..0x43c), start.get(0x460..0x464)) else {
+        return false;
+    };
     let state = u16::from_le_bytes([state[0], state[1]]);
     let incompat = u32::from_le_bytes([incompat[0], incompat[1], incompat[2], incompat[3]]);
     state & VALID != 0 && state & ERRORS == 0 && incompat & NEEDS_RECOVERY == 0
@@ -223,7 +229,10 @@ mod tests {
             }
             assert_eq!(table(&start, &end), Some(*name));
             assert!(matches!(judge(None, &start, &end).unwrap(), Signature::Other(_)), "{name}");
-            assert!(matches!(judge(Some("minix".into()), &start, &end).unwrap(), Signature::Other(_)), "{name}");
+            assert!(
+                matches!(judge(Some("minix".into()), &start, &end).unwrap(), Signature::Other(_)),
+                "{name}"
+            );
         }
     }
 
@@ -246,7 +255,11 @@ mod tests {
             make(fs.minimum());
             let mut args: Vec<&std::ffi::OsStr> = args.into_iter().map(AsRef::as_ref).collect();
             args.push(file.as_os_str());
-            program.run(&args, None).unwrap().success().unwrap_or_else(|e| panic!("{fs} at its minimum: {e}"));
+            program
+                .run(&args, None)
+                .unwrap()
+                .success()
+                .unwrap_or_else(|e| panic!("{fs} at its minimum: {e}"));
             assert_eq!(probe(&file).unwrap(), Signature::Filesystem { fs, clean: true });
         }
         make(4 << 20);

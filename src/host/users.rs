@@ -13,7 +13,8 @@ pub fn of_device(device: &Path) -> Result<Vec<User>> {
     let rdev = std::fs::metadata(device).doing("stat", device)?.rdev();
     let mut users = BTreeMap::new();
     for pid in pids() {
-        let opened = open_files(pid, |meta| meta.rdev() == rdev && meta.mode() & libc::S_IFMT == libc::S_IFBLK);
+        let opened =
+            open_files(pid, |meta| meta.rdev() == rdev && meta.mode() & libc::S_IFMT == libc::S_IFBLK);
         if opened || mounted_in_namespace_of(pid, device) {
             users.insert(pid, name(pid));
         }
@@ -22,7 +23,10 @@ pub fn of_device(device: &Path) -> Result<Vec<User>> {
     if users.is_empty()
         && let Err(nix::errno::Errno::EBUSY) = loopdev::open_exclusively(device)
     {
-        users.push(User { pid: 0, name: "the kernel: another mount namespace, or a device built on it".into() });
+        users.push(User {
+            pid: 0,
+            name: "the kernel: another mount namespace, or a device built on it".into(),
+        });
     }
     Ok(users)
 }
@@ -66,7 +70,8 @@ fn mounted_in_namespace_of(pid: u32, device: &Path) -> bool {
 }
 
 fn name(pid: u32) -> String {
-    std::fs::read_to_string(format!("/proc/{pid}/comm")).map_or_else(|_| "?".into(), |n| n.trim_end().to_owned())
+    std::fs::read_to_string(format!("/proc/{pid}/comm"))
+        .map_or_else(|_| "?".into(), |n| n.trim_end().to_owned())
 }
 
 /// A short list for an error: `dd (42), bash (43)`.
