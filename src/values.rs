@@ -239,6 +239,61 @@ impl FromStr for FsType {
     }
 }
 
+/// A part of a volume: the `n`th of `t` equal slices, or the first `p` percent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Slice {
+    /// `3/7`
+    Part(u32, u32),
+    /// `10%`
+    Percent(u32),
+}
+
+impl Slice {
+    /// Its byte range (start, end) on a device of `size` bytes, in whole mebibytes but for the end.
+    pub fn range(self, size: u64) -> (u64, u64) {
+        let at = |numerator: u64, denominator: u64| {
+            let exact = (u128::from(size) * u128::from(numerator) / u128::from(denominator)) as u64;
+            if numerator == denominator { size } else { exact / ByteSize::MIB * ByteSize::MIB }
+        };
+        match self {
+            Slice::Part(n, t) => (at(u64::from(n) - 1, t.into()), at(n.into(), t.into())),
+            Slice::Percent(p) => (0, at(p.into(), 100)),
+        }
+    }
+}
+
+impl FromStr for Slice {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        let parsed = match (s.strip_suffix('%'), s.split_once('/')) {
+            (Some(p), None) => p.parse().ok().filter(|p| (1..=100).contains(p)).map(Slice::Percent),
+            (None, Some((n, t))) => n
+                .parse()
+                .ok()
+                .zip(t.parse().ok())
+                .filter(|(n, t)| *n >= 1 && n <= t)
+                .map(|(n, t)| Slice::Part(n, t)),
+            _ => None,
+        };
+        parsed.ok_or_else(|| {
+            Error::usage(format!("invalid slice {s:?}")).hint(
+                "write N/T for the Nth of T parts, such as 1/7, or P% for the first P percent, such as 10%",
+            )
+        })
+    }
+}
+
+impl fmt::Display for Slice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Slice::Part(1, 1) | Slice::Percent(100) => f.write_str("all"),
+            Slice::Part(n, t) => write!(f, "part {n} of {t}"),
+            Slice::Percent(p) => write!(f, "the first {p}%"),
+        }
+    }
+}
+
 /// An absolute path without `.` or `..`, where a volume is mounted or linked.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -362,6 +417,22 @@ mod tests {
             [(0, "0"), (512, "512"), (1 << 30, "1Gi"), (3 << 29, "1.5Gi"), (100 << 20, "100Mi")]
         {
             assert_eq!(ByteSize(bytes).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn slices_cover_everything_once() {
+        let size = 1000 * ByteSize::MIB + 77;
+        let mut next = 0;
+        for n in 1..=7 {
+            let (start, end) = Slice::Part(n, 7).range(size);
+            assert_eq!(start, next);
+            next = end;
+        }
+        assert_eq!(next, size);
+        assert_eq!("50%".parse::<Slice>().unwrap().range(size), (0, 500 * ByteSize::MIB));
+        for bad in ["0/3", "4/3", "1/0", "0%", "101%", "x", "1", "1/2%", ""] {
+            assert!(bad.parse::<Slice>().is_err(), "{bad}");
         }
     }
 

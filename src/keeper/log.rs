@@ -692,6 +692,11 @@ impl ReplayLog {
         self.head - self.header.tail
     }
 
+    /// Where the next entry goes, in bytes over all laps of the ring.
+    pub fn used_end(&self) -> u64 {
+        self.head
+    }
+
     /// Size of the ring in bytes.
     pub fn capacity(&self) -> u64 {
         self.header.capacity

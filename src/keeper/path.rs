@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+pub use super::guard::{Op, Stats};
 use crate::error::{Error, Result};
 use crate::values::VolumeId;
 
@@ -89,88 +90,6 @@ pub struct Replayed {
     pub bytes: u64,
     /// The size of the device in bytes.
     pub size: u64,
-}
-
-/// Counters since the data path was made, and gauges.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Stats {
-    /// Reads answered.
-    pub reads: u64,
-    /// Writes answered.
-    pub writes: u64,
-    /// Trims answered.
-    pub trims: u64,
-    /// Zero requests answered.
-    pub zeros: u64,
-    /// Flushes answered.
-    pub flushes: u64,
-    /// Bytes of answered reads.
-    pub bytes_read: u64,
-    /// Bytes of answered writes.
-    pub bytes_written: u64,
-    /// Operations in flight or waiting now.
-    pub pending: u64,
-    /// Bytes in use in the replay log.
-    pub log_used: u64,
-    /// Size of the replay log in bytes.
-    pub log_capacity: u64,
-    /// Entries in the replay log.
-    pub log_entries: u64,
-    /// Flushes that the guard made by itself.
-    pub own_flushes: u64,
-    /// Times that the server was lost.
-    pub stalls: u64,
-    /// Seconds without a server, after the first time it was up.
-    pub stall_seconds: f64,
-    /// Log entries replayed.
-    pub replayed_entries: u64,
-    /// All-zero replies that waited for a probe.
-    pub zero_reads_checked: u64,
-    /// Requests sent again after an error.
-    pub retries: u64,
-    /// Operations failed with an errno.
-    pub errors: u64,
-    /// Whether operations fail now because a stall is longer than the time limit.
-    pub timed_out: bool,
-}
-
-/// An operation of the block layer. Offsets and lengths are in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Op<'a> {
-    /// Reads `len` bytes.
-    Read {
-        /// First byte.
-        offset: u64,
-        /// Number of bytes.
-        len: u32,
-    },
-    /// Writes `data`; with `fua` durably.
-    Write {
-        /// First byte.
-        offset: u64,
-        /// The bytes; copied before [`DataPath::submit`] returns.
-        data: &'a [u8],
-        /// Durable before it is answered.
-        fua: bool,
-    },
-    /// Discards a range, which reads as zeros afterwards (ZeroFS promises that for TRIM).
-    Trim {
-        /// First byte.
-        offset: u64,
-        /// Number of bytes.
-        len: u64,
-    },
-    /// Zeroes a range.
-    Zero {
-        /// First byte.
-        offset: u64,
-        /// Number of bytes.
-        len: u64,
-        /// Durable before it is answered.
-        fua: bool,
-    },
-    /// Makes everything durable that was answered before.
-    Flush,
 }
 
 /// Called once with the read data (empty for all others) or a Linux errno; maybe before

@@ -953,3 +953,389 @@ fn refused(command: Command, error: u32, text: &str) -> Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A stream whose reads come from a script and whose writes are kept.
+    struct Script {
+        answers: io::Cursor<Vec<u8>>,
+        asked: Vec<u8>,
+    }
+
+    impl Script {
+        fn new(answers: Vec<u8>) -> Self {
+            Script { answers: io::Cursor::new(answers), asked: Vec::new() }
+        }
+    }
+
+    impl Read for Script {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            self.answers.read(buf)
+        }
+    }
+
+    impl Write for Script {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            self.asked.write(buf)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn hello() -> Vec<u8> {
+        let mut out = b"NBDMAGICIHAVEOPT".to_vec();
+        out.extend([0, 3]);
+        out
+    }
+
+    fn option(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
+        let mut out = vec![0, 3, 0xe8, 0x89, 0x04, 0x55, 0x65, 0xa9];
+        out.extend(option.to_be_bytes());
+        out.extend(kind.to_be_bytes());
+        out.extend((data.len() as u32).to_be_bytes());
+        out.extend(data);
+        out
+    }
+
+    fn info_export(size: u64, flags: u16) -> Vec<u8> {
+        let mut data = vec![0, 0];
+        data.extend(size.to_be_bytes());
+        data.extend(flags.to_be_bytes());
+        option(OPT_GO, REP_INFO, &data)
+    }
+
+    fn opened(size: u64, flags: u16) -> Vec<u8> {
+        [hello(), info_export(size, flags), option(OPT_GO, REP_ACK, &[])].concat()
+    }
+
+    fn structured(size: u64) -> Vec<u8> {
+        let mut context = 7u32.to_be_bytes().to_vec();
+        context.extend(b"base:allocation");
+        [
+            hello(),
+            option(OPT_STRUCTURED_REPLY, REP_ACK, &[]),
+            option(OPT_SET_META_CONTEXT, REP_META_CONTEXT, &context),
+            option(OPT_SET_META_CONTEXT, REP_ACK, &[]),
+            info_export(size, 1),
+            option(OPT_GO, REP_ACK, &[]),
+        ]
+        .concat()
+    }
+
+    fn chunk(done: bool, kind: u16, cookie: u64, data: &[u8]) -> Vec<u8> {
+        let mut out = vec![0x66, 0x8e, 0x33, 0xef, 0, u8::from(done)];
+        out.extend(kind.to_be_bytes());
+        out.extend(cookie.to_be_bytes());
+        out.extend((data.len() as u32).to_be_bytes());
+        out.extend(data);
+        out
+    }
+
+    fn reply(error: u32, cookie: u64, data: &[u8]) -> Vec<u8> {
+        [&SimpleReply { error, cookie }.encode()[..], data].concat()
+    }
+
+    #[test]
+    fn requests_have_the_wire_form_of_the_specification() {
+        let header = RequestHeader {
+            flags: FLAG_FUA,
+            command: Command::WriteZeroes,
+            cookie: 0x0102_0304_0506_0708,
+            offset: 0x1000,
+            len: 0x200,
+        };
+        let raw = header.encode();
+        assert_eq!(
+            raw,
+            [
+                0x25, 0x60, 0x95, 0x13, 0, 1, 0, 6, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0,
+                2, 0
+            ]
+        );
+        assert_eq!(RequestHeader::decode(&raw).unwrap(), header);
+        for (at, with) in [(0, 0), (7, 9), (6, 1)] {
+            let mut bad = raw;
+            bad[at] = with;
+            assert!(RequestHeader::decode(&bad).is_err(), "{at}");
+        }
+    }
+
+    #[test]
+    fn simple_replies_have_the_wire_form_of_the_specification() {
+        let raw = [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 9];
+        let want = SimpleReply { error: 5, cookie: 9 };
+        assert_eq!(SimpleReply::decode(&raw).unwrap(), want);
+        assert_eq!(want.encode(), raw);
+        let mut bad = raw;
+        bad[0] = 0x66;
+        assert!(SimpleReply::decode(&bad).is_err());
+    }
+
+    #[test]
+    fn a_handshake_asks_for_go_with_block_sizes() {
+        let mut s = Script::new(opened(1 << 20, 0x0ded));
+        let export = handshake(&mut s, "disk").unwrap();
+        let want = Export {
+            size: 1 << 20,
+            flags: TransmissionFlags::new(0x0ded),
+            min_block: 1,
+            preferred_block: 4096,
+            max_block: 32 << 20,
+        };
+        assert_eq!(export, want);
+        let mut asked = vec![0, 0, 0, 3];
+        asked.extend(b"IHAVEOPT");
+        asked.extend([0, 0, 0, 7, 0, 0, 0, 12, 0, 0, 0, 4]);
+        asked.extend(b"disk");
+        asked.extend([0, 1, 0, 3]);
+        assert_eq!(s.asked, asked);
+        let f = export.flags;
+        assert!(f.has_flush() && f.has_fua() && f.has_trim() && f.has_write_zeroes());
+        assert!(f.can_multi_conn() && f.has_cache() && f.has_fast_zero() && !f.is_read_only());
+        assert_eq!(TransmissionFlags::new(0x0dec).bits(), 0, "without the has-flags bit nothing counts");
+    }
+
+    #[test]
+    fn block_sizes_are_taken_and_checked() {
+        let blocks = |min: u32, preferred: u32, max: u32| {
+            let mut data = vec![0, 3];
+            data.extend([min, preferred, max].map(u32::to_be_bytes).concat());
+            let all = [
+                hello(),
+                info_export(4096, 1),
+                option(OPT_GO, REP_INFO, &data),
+                option(OPT_GO, REP_ACK, &[]),
+            ];
+            handshake(&mut Script::new(all.concat()), "x")
+        };
+        let export = blocks(512, 4096, u32::MAX).unwrap();
+        assert_eq!((export.min_block, export.max_block, export.max_request()), (512, u32::MAX, MAX_PAYLOAD));
+        assert_eq!(blocks(512, 4096, 1000).unwrap().max_request(), 512);
+        for (min, preferred, max) in
+            [(0, 4096, 1), (3, 4096, 9), (512, 256, 1024), (512, 512, 256), (1 << 17, 1 << 17, 1 << 20)]
+        {
+            assert!(blocks(min, preferred, max).is_err(), "{min}/{preferred}/{max}");
+        }
+    }
+
+    #[test]
+    fn a_bad_handshake_is_told_apart() {
+        let go = |answers: Vec<u8>| handshake(&mut Script::new(answers), "disk").unwrap_err();
+        let unknown = go([hello(), option(OPT_GO, REP_ERROR + 6, b"no \x1b such")].concat());
+        assert_eq!(unknown.kind(), Kind::NotFound);
+        let policy = go([hello(), option(OPT_GO, REP_ERROR + 2, b"go \x1b away")].concat());
+        assert_eq!(policy.kind(), Kind::Unreachable);
+        assert!(!policy.message().contains('\x1b'), "{policy}");
+        assert_eq!(go(hello()).kind(), Kind::Unreachable);
+        assert_eq!(go(Vec::new()).kind(), Kind::Unreachable);
+        for (answers, what) in [
+            (b"SSH-2.0-OpenSSH_9.2p1 Debian".to_vec(), "another protocol"),
+            ([b"NBDMAGICIHAVEOPT".as_slice(), &[0, 0]].concat(), "an old server"),
+            ([hello(), option(OPT_GO, REP_ACK, &[])].concat(), "no size"),
+            ([hello(), info_export(u64::MAX, 1)].concat(), "an impossible size"),
+            ([hello(), option(OPT_GO, REP_INFO, &[])].concat(), "an empty description"),
+            ([hello(), option(3, REP_ACK, &[])].concat(), "an answer to something else"),
+            ([hello(), vec![0; 20]].concat(), "a wrong magic number"),
+            ([hello(), option(OPT_GO, 99, &[])].concat(), "an unknown type"),
+        ] {
+            let e = go(answers);
+            assert_eq!(e.kind(), Kind::Failed, "{what}: {e}");
+            assert!(e.hint_text().is_some());
+        }
+        let mut huge = option(OPT_GO, REP_INFO, &[]);
+        huge[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
+        assert!(go([hello(), huge].concat()).message().contains("4294967295"));
+        let endless: Vec<u8> = std::iter::repeat_n(info_export(1, 1), 1000).flatten().collect();
+        assert!(go([hello(), endless].concat()).message().contains("without end"));
+        let mut s = Script::new(opened(1, 1));
+        assert_eq!(handshake(&mut s, &"x".repeat(5000)).unwrap_err().kind(), Kind::Usage);
+    }
+
+    #[test]
+    fn a_client_reads_writes_and_keeps_step() {
+        let answers = [
+            opened(8192, 0x0ded),
+            reply(0, 1, b"data"),
+            reply(0, 2, b""),
+            reply(5, 3, b""),
+            reply(28, 4, b""),
+            reply(0, 5, b""),
+            reply(0, 6, b""),
+        ]
+        .concat();
+        let mut c = Client::connect(Script::new(answers), "disk").unwrap();
+        let mut buf = [0; 4];
+        c.read_at(4096, &mut buf).unwrap();
+        assert_eq!(&buf, b"data");
+        c.write_at(0, b"xyz", true).unwrap();
+        // Errors that the server reports leave the connection usable.
+        let e = c.read_at(0, &mut buf).unwrap_err();
+        assert!(e.message().contains("EIO"), "{e}");
+        assert_eq!(c.write_at(0, b"x", false).unwrap_err().kind(), Kind::Environment);
+        c.trim(0, 4096).unwrap();
+        c.flush().unwrap();
+        let before = c.stream().asked.len();
+        assert_eq!(c.read_at(8190, &mut buf).unwrap_err().kind(), Kind::Usage);
+        assert_eq!(c.read_at(u64::MAX, &mut buf).unwrap_err().kind(), Kind::Usage);
+        assert_eq!(c.block_status(0, 1).unwrap_err().kind(), Kind::Conflict);
+        assert_eq!(c.stream().asked.len(), before, "nothing was sent");
+        // The script is at its end: the next request loses the connection for good.
+        assert_eq!(c.flush().unwrap_err().kind(), Kind::Unreachable);
+        assert!(c.flush().unwrap_err().message().contains("before"));
+    }
+
+    #[test]
+    fn a_server_without_a_feature_is_not_asked_for_it() {
+        let mut c = Client::connect(Script::new(opened(4096, 1)), "disk").unwrap();
+        let before = c.stream().asked.len();
+        c.flush().unwrap();
+        assert_eq!(c.trim(0, 1).unwrap_err().kind(), Kind::Conflict);
+        assert_eq!(c.write_zeroes(0, 1, false).unwrap_err().kind(), Kind::Conflict);
+        assert_eq!(c.write_at(0, b"x", true).unwrap_err().kind(), Kind::Conflict);
+        assert_eq!(c.stream().asked.len(), before);
+    }
+
+    #[test]
+    fn a_reply_to_another_request_ends_the_connection() {
+        let mut c =
+            Client::connect(Script::new([opened(4096, 5), reply(0, 99, b"")].concat()), "disk").unwrap();
+        assert_eq!(c.flush().unwrap_err().kind(), Kind::Failed);
+        assert_eq!(c.flush().unwrap_err().kind(), Kind::Unreachable);
+    }
+
+    #[test]
+    fn structured_reads_are_put_together() {
+        let hole = [&4u64.to_be_bytes()[..], &4u32.to_be_bytes()].concat();
+        let data = [&0u64.to_be_bytes()[..], b"abcd"].concat();
+        let answers = [
+            structured(4096),
+            chunk(false, CHUNK_HOLE, 1, &hole),
+            chunk(false, CHUNK_DATA, 1, &data),
+            chunk(true, CHUNK_NONE, 1, &[]),
+        ]
+        .concat();
+        let mut c = Client::connect_structured(Script::new(answers), "disk").unwrap();
+        assert!(c.is_structured() && c.has_block_status());
+        let mut buf = [9; 8];
+        c.read_at(0, &mut buf).unwrap();
+        assert_eq!(&buf, b"abcd\0\0\0\0");
+    }
+
+    #[test]
+    fn broken_structured_reads_are_refused() {
+        let data = |at: u64, bytes: &[u8]| [&at.to_be_bytes()[..], bytes].concat();
+        let hole = |at: u64, len: u32| [&at.to_be_bytes()[..], &len.to_be_bytes()].concat();
+        let read = |chunks: &[Vec<u8>]| {
+            let answers = [structured(4096), chunks.concat()].concat();
+            let mut c = Client::connect_structured(Script::new(answers), "disk").unwrap();
+            c.read_at(16, &mut [0; 8])
+        };
+        assert!(read(&[chunk(true, CHUNK_DATA, 1, &data(16, b"12345678"))]).is_ok());
+        for (chunks, what) in [
+            (vec![chunk(true, CHUNK_DATA, 1, &data(16, b"1234"))], "a gap"),
+            (vec![chunk(true, CHUNK_DATA, 1, &data(0, b"12345678"))], "the wrong place"),
+            (vec![chunk(true, CHUNK_DATA, 1, &data(20, b"12345678"))], "beyond the end"),
+            (vec![chunk(true, CHUNK_DATA, 1, &data(u64::MAX, b"1"))], "far beyond the end"),
+            (vec![chunk(true, CHUNK_DATA, 1, b"1234")], "no offset"),
+            (vec![chunk(true, CHUNK_HOLE, 1, &hole(16, u32::MAX))], "a huge hole"),
+            (vec![chunk(true, CHUNK_HOLE, 1, &hole(16, 0))], "an empty hole"),
+            (vec![chunk(true, CHUNK_NONE, 1, &[])], "nothing"),
+            (vec![chunk(true, CHUNK_NONE, 1, &[1])], "something in nothing"),
+            (vec![chunk(true, 4, 1, &[])], "an unknown type"),
+            (vec![reply(0, 1, b"12345678")], "a simple reply"),
+            (
+                vec![
+                    chunk(false, CHUNK_DATA, 1, &data(16, b"12345678")),
+                    chunk(true, CHUNK_DATA, 1, &data(20, b"1234")),
+                ],
+                "an overlap",
+            ),
+        ] {
+            assert_eq!(read(&chunks).unwrap_err().kind(), Kind::Failed, "{what}");
+        }
+        let mut error = 5u32.to_be_bytes().to_vec();
+        error.extend([0, 4]);
+        error.extend(b"oops");
+        let e = read(&[chunk(true, CHUNK_ERROR + 1, 1, &error)]).unwrap_err();
+        assert!(e.message().contains("EIO") && e.message().contains("oops"), "{e}");
+    }
+
+    #[test]
+    fn block_status_has_no_gaps() {
+        let mut data = 7u32.to_be_bytes().to_vec();
+        for (len, state) in [(1024u32, 0u32), (1024, 3), (512, 3), (9999, 0)] {
+            data.extend(len.to_be_bytes());
+            data.extend(state.to_be_bytes());
+        }
+        let answers = [structured(4096), chunk(true, CHUNK_BLOCK_STATUS, 1, &data)].concat();
+        let mut c = Client::connect_structured(Script::new(answers), "disk").unwrap();
+        let extent = |offset, len, hole| Extent { offset, len, hole, zero: hole };
+        assert_eq!(
+            c.block_status(0, 4096).unwrap(),
+            [extent(0, 1024, false), extent(1024, 1536, true), extent(2560, 1536, false)]
+        );
+        for bad in [
+            &data[..4],
+            &data[..9],
+            &[0, 0, 0, 8, 0, 0, 1, 0, 0, 0, 0, 0],
+            &[0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0],
+        ] {
+            let answers = [structured(4096), chunk(true, CHUNK_BLOCK_STATUS, 1, bad)].concat();
+            let mut c = Client::connect_structured(Script::new(answers), "disk").unwrap();
+            assert_eq!(c.block_status(0, 4096).unwrap_err().kind(), Kind::Failed, "{bad:?}");
+        }
+    }
+
+    /// Pieces of plausible answers, so that random streams get past the first checks.
+    fn piece() -> impl Strategy<Value = Vec<u8>> {
+        let small = proptest::collection::vec(any::<u8>(), 0..40);
+        prop_oneof![
+            small.clone(),
+            any::<(u64, u16)>().prop_map(|(size, flags)| info_export(size >> 1, flags)),
+            (0u32..12, prop_oneof![0u32..6, (REP_ERROR..REP_ERROR + 12)], small.clone())
+                .prop_map(|(o, k, d)| option(o, k, &d)),
+            Just(option(OPT_GO, REP_ACK, &[])),
+            Just(option(OPT_STRUCTURED_REPLY, REP_ACK, &[])),
+            Just(option(OPT_SET_META_CONTEXT, REP_ACK, &[])),
+            (0u32..2, 0u64..4, small.clone()).prop_map(|(e, c, d)| reply(e, c, &d)),
+            (any::<bool>(), prop_oneof![0u16..7, (CHUNK_ERROR..CHUNK_ERROR + 4)], 0u64..4, small)
+                .prop_map(|(done, k, c, d)| chunk(done, k, c, &d)),
+            // A header that promises more than there is.
+            (0u16..7, 0u64..4, any::<u32>()).prop_map(|(k, c, len)| {
+                let mut raw = chunk(false, k, c, &[]);
+                raw[16..20].copy_from_slice(&len.to_be_bytes());
+                raw
+            }),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+        #[test]
+        fn a_hostile_server_never_causes_a_panic(
+            start in 0..4usize,
+            pieces in proptest::collection::vec(piece(), 0..12),
+            offset in 0u64..8192,
+            len in 0usize..4096,
+        ) {
+            let start = [Vec::new(), hello(), opened(8192, 0xffff), structured(8192)][start].clone();
+            let answers = [start, pieces.concat()].concat();
+            let _ = handshake(&mut Script::new(answers.clone()), "disk");
+            for connect in [Client::connect, Client::connect_structured] {
+                let Ok(mut c) = connect(Script::new(answers.clone()), "disk") else { continue };
+                let mut buf = vec![0; len];
+                let _ = c.read_at(offset, &mut buf);
+                let _ = c.flush();
+                let _ = c.block_status(offset.min(c.export().size), 1);
+                let _ = c.write_at(offset, &buf, false);
+                let _ = c.trim(offset, len as u64);
+                let _ = c.disconnect();
+            }
+        }
+    }
+}

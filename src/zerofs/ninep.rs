@@ -618,3 +618,264 @@ pub fn database_open_within(dir: &Path, limit: Duration) -> Result<bool> {
         Err(e) => Err(e.explain("connect to", SOCKET)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A server that gives prepared answers, whatever it is asked, and keeps the questions.
+    struct Script {
+        answers: io::Cursor<Vec<u8>>,
+        asked: Vec<Vec<u8>>,
+    }
+
+    impl Read for Script {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            self.answers.read(buf)
+        }
+    }
+
+    impl Write for Script {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            self.asked.push(buf.to_vec());
+            Ok(buf.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    const DIR: [u8; 13] = [0x80, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+    const FILE: [u8; 13] = [0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
+
+    fn answer(request: u8, body: &[u8]) -> Vec<u8> {
+        Message(Message::new(request + 1, 0).0.into_iter().chain(body.iter().copied()).collect()).finish()
+    }
+
+    fn error(errno: i32) -> Vec<u8> {
+        answer(RLERROR - 1, &(errno as u32).to_le_bytes())
+    }
+
+    fn version(msize: u32, text: &str) -> Vec<u8> {
+        Message::new(TVERSION + 1, NO_TAG).u32(msize).text(text).finish()
+    }
+
+    fn hello() -> Vec<u8> {
+        [version(MSIZE, VERSION), answer(TATTACH, &DIR)].concat()
+    }
+
+    fn walked(qids: &[[u8; 13]]) -> Vec<u8> {
+        answer(TWALK, &[&(qids.len() as u16).to_le_bytes()[..], &qids.concat()].concat())
+    }
+
+    fn attr(mode: u32, size: u64) -> Vec<u8> {
+        let mut body = GETATTR_BASIC.to_le_bytes().to_vec();
+        body.extend(FILE);
+        body.extend([mode, 0, 0].map(u32::to_le_bytes).concat());
+        body.extend([1, 0, size].map(u64::to_le_bytes).concat());
+        body.extend([0; 96]);
+        answer(TGETATTR, &body)
+    }
+
+    fn client(answers: &[Vec<u8>]) -> Result<Ninep<Script>> {
+        let answers = io::Cursor::new(answers.concat());
+        Ninep::connect(Script { answers, asked: Vec::new() })
+    }
+
+    fn looked(mode: u32, size: u64) -> Vec<u8> {
+        [walked(&[DIR, FILE]), attr(mode, size), answer(TCLUNK, &[])].concat()
+    }
+
+    fn done(request: u8) -> Vec<u8> {
+        answer(request, &[])
+    }
+
+    /// The types of the messages that were sent, without the first two.
+    fn asked(c: &Ninep<Script>) -> Vec<u8> {
+        c.stream.asked[2..].iter().map(|m| m[4]).collect()
+    }
+
+    #[test]
+    fn messages_have_the_wire_form_of_the_protocol() {
+        let mut c =
+            client(&[hello(), walked(&[DIR, FILE]), done(TSETATTR), done(TFSYNC), done(TCLUNK)]).unwrap();
+        c.set_size(".nbd/disk", 0x0102_0304_0506).unwrap();
+        let sent = &c.stream.asked;
+        let mut want = vec![21, 0, 0, 0, 100, 0xff, 0xff, 0, 0, 1, 0, 8, 0];
+        want.extend(b"9P2000.L");
+        assert_eq!(sent[0], want);
+        let mut want = vec![27, 0, 0, 0, 104, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 4, 0];
+        want.extend(b"root\0\0\0\0\0\0");
+        assert_eq!(sent[1], want);
+        let mut want = vec![29, 0, 0, 0, 110, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 4, 0];
+        want.extend(b".nbd\x04\0disk");
+        assert_eq!(sent[2], want);
+        let mut want = vec![67, 0, 0, 0, 26, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0];
+        want.extend([0; 12]);
+        want.extend([6, 5, 4, 3, 2, 1, 0, 0]);
+        want.extend([0; 32]);
+        assert_eq!(sent[3], want);
+        assert_eq!(sent[4], [15, 0, 0, 0, 50, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(sent[5], [11, 0, 0, 0, 120, 0, 0, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn what_is_not_there_is_none_and_not_an_error() {
+        for nothing in [error(libc::ENOENT), walked(&[DIR]), walked(&[])] {
+            let mut c = client(&[hello(), nothing]).unwrap();
+            assert_eq!(c.stat(".nbd/disk").unwrap(), None);
+        }
+        let mut c = client(&[hello(), error(libc::ENOENT)]).unwrap();
+        assert_eq!(c.set_size(".nbd/disk", 1).unwrap_err().kind(), Kind::NotFound);
+    }
+
+    #[test]
+    fn making_a_device_is_idempotent_and_never_shrinks() {
+        let made =
+            [walked(&[DIR]), answer(TLCREATE, &[&FILE[..], &[0; 4]].concat()), done(TFSYNC), done(TCLUNK)];
+        let sized = [walked(&[DIR, FILE]), done(TSETATTR), done(TFSYNC), done(TCLUNK)];
+        let synced = [walked(&[DIR, FILE]), done(TFSYNC), done(TCLUNK)];
+        let disk = S_IFREG | 0o600;
+
+        let fresh = [hello(), error(libc::ENOENT), made.concat(), sized.concat(), looked(disk, 4096)];
+        let mut c = client(&fresh).unwrap();
+        c.create_disk("disk", 4096).unwrap();
+        let setattr = asked(&c).iter().position(|k| *k == TSETATTR).unwrap();
+        assert_eq!(asked(&c)[setattr + 1], TFSYNC, "an fsync follows the change");
+
+        let mut half = client(&[hello(), looked(disk, 0), sized.concat(), looked(disk, 4096)]).unwrap();
+        half.create_disk("disk", 4096).unwrap();
+        assert!(!asked(&half).contains(&TLCREATE));
+
+        let mut again = client(&[hello(), looked(disk, 4096), synced.concat()]).unwrap();
+        again.create_disk("disk", 4096).unwrap();
+        assert!(!asked(&again).contains(&TSETATTR) && asked(&again).contains(&TFSYNC));
+
+        for (size, mode, kind) in [
+            (8192, disk, Kind::Conflict),
+            (1, disk, Kind::Conflict),
+            (4096, 0o040_755, Kind::Refused),
+            (4096, 0o120_777, Kind::Refused),
+        ] {
+            let mut c = client(&[hello(), looked(mode, size)]).unwrap();
+            let e = c.create_disk("disk", 4096).unwrap_err();
+            assert!(e.kind() == kind && e.hint_text().is_some(), "{e}");
+            assert!(!asked(&c).contains(&TSETATTR));
+        }
+
+        let mut c = client(&[hello(), looked(disk, 8192)]).unwrap();
+        assert_eq!(c.grow_disk("disk", 4096).unwrap_err().kind(), Kind::Refused);
+        assert!(!asked(&c).contains(&TSETATTR));
+        let mut c = client(&[hello(), looked(disk, 4096), sized.concat(), looked(disk, 8192)]).unwrap();
+        c.grow_disk("disk", 8192).unwrap();
+        let mut c = client(&[hello(), error(libc::ENOENT)]).unwrap();
+        assert_eq!(c.grow_disk("disk", 8192).unwrap_err().kind(), Kind::NotFound);
+        let mut liar = client(&[hello(), looked(disk, 0), sized.concat(), looked(disk, 1)]).unwrap();
+        assert_eq!(liar.create_disk("disk", 4096).unwrap_err().kind(), Kind::Failed);
+    }
+
+    #[test]
+    fn bad_names_and_sizes_are_never_sent() {
+        let mut c = client(&[hello()]).unwrap();
+        for name in ["", ".", "..", "a/b", "a\0b", &"x".repeat(256)] {
+            assert_eq!(c.create_disk(name, 1).unwrap_err().kind(), Kind::Usage, "{name:?}");
+            assert_eq!(c.disk_size(name).unwrap_err().kind(), Kind::Usage, "{name:?}");
+        }
+        for size in [0, u64::MAX] {
+            assert_eq!(c.create_disk("disk", size).unwrap_err().kind(), Kind::Usage);
+            assert_eq!(c.grow_disk("disk", size).unwrap_err().kind(), Kind::Usage);
+        }
+        assert_eq!(c.stat("a/../b").unwrap_err().kind(), Kind::Usage);
+        assert_eq!(c.stat(&"x/".repeat(17)).unwrap_err().kind(), Kind::Usage);
+        assert!(asked(&c).is_empty());
+    }
+
+    #[test]
+    fn a_closed_database_is_told_from_a_missing_name() {
+        for (given, open) in [(error(libc::ENOENT), true), (walked(&[DIR]), true), (error(libc::EIO), false)]
+        {
+            assert_eq!(client(&[hello(), given]).unwrap().database_open().unwrap(), open);
+        }
+        let e = client(&[hello(), error(libc::EACCES)]).unwrap().database_open().unwrap_err();
+        assert_eq!(e.kind(), Kind::Failed);
+        assert_eq!(client(&[hello()]).unwrap().database_open().unwrap_err().kind(), Kind::Unreachable);
+    }
+
+    #[test]
+    fn a_folder_is_listed_to_its_end() {
+        let entry = |qid: &[u8], offset: u64, name: &[u8]| {
+            [qid, &offset.to_le_bytes(), &[8], &(name.len() as u16).to_le_bytes(), name].concat()
+        };
+        let page = |entries: &[Vec<u8>]| {
+            let data = entries.concat();
+            answer(TREADDIR, &[&(data.len() as u32).to_le_bytes()[..], &data].concat())
+        };
+        let opened = [walked(&[DIR]), answer(TLOPEN, &[&DIR[..], &[0; 4]].concat())].concat();
+        let first = page(&[entry(&DIR, 1, b"."), entry(&DIR, 2, b".."), entry(&FILE, 3, b"disk")]);
+        let second = page(&[entry(&FILE, 4, b"other")]);
+        let mut c =
+            client(&[hello(), opened.clone(), first.clone(), second, page(&[]), done(TCLUNK)]).unwrap();
+        let names: Vec<_> = c.readdir(".nbd").unwrap().into_iter().map(|e| e.name).collect();
+        assert_eq!(names, ["disk", "other"]);
+        let stuck = page(&[entry(&FILE, 3, b"disk")]);
+        let mut c = client(&[hello(), opened, first, stuck, done(TCLUNK)]).unwrap();
+        assert!(c.readdir(".nbd").unwrap_err().message().contains("without end"));
+    }
+
+    #[test]
+    fn a_server_that_talks_nonsense_is_left() {
+        for (answers, what) in [
+            (vec![version(MSIZE, "unknown")], "another protocol"),
+            (vec![version(MSIZE + 1, VERSION)], "larger messages than asked for"),
+            (vec![version(100, VERSION)], "tiny messages"),
+            (vec![version(MSIZE, VERSION), answer(TATTACH, &FILE)], "a root that is a file"),
+            (vec![version(MSIZE, VERSION), answer(TATTACH, &[1])], "too short"),
+            (vec![version(MSIZE, VERSION), answer(TWALK, &DIR)], "an answer to something else"),
+            (vec![version(MSIZE, VERSION), version(MSIZE, VERSION)], "a wrong tag"),
+            (vec![version(MSIZE, VERSION), error(0)], "no error after all"),
+            (vec![vec![0xff; 64]], "a huge message"),
+            (vec![vec![0; 64]], "an empty message"),
+        ] {
+            let e = client(&answers).err().unwrap_or_else(|| panic!("{what}"));
+            assert!(e.kind() == Kind::Failed && e.hint_text().is_some(), "{what}: {e}");
+        }
+        assert_eq!(client(&[]).err().unwrap().kind(), Kind::Unreachable);
+    }
+
+    fn piece() -> impl Strategy<Value = Vec<u8>> {
+        let bytes = proptest::collection::vec(any::<u8>(), 0..60);
+        prop_oneof![
+            bytes.clone(),
+            (any::<u8>(), bytes).prop_map(|(kind, body)| answer(kind & 0x7e, &body)),
+            proptest::collection::vec(Just(FILE), 0..4).prop_map(|q| walked(&q)),
+            any::<u64>().prop_map(|size| attr(S_IFREG, size)),
+            (0i32..140).prop_map(error),
+            prop_oneof![Just(TCLUNK), Just(TFSYNC), Just(TSETATTR), Just(TLOPEN), Just(TREADDIR)]
+                .prop_map(done),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+        #[test]
+        fn a_hostile_server_never_causes_a_panic(
+            greeted in any::<bool>(),
+            pieces in proptest::collection::vec(piece(), 0..16),
+        ) {
+            let start = if greeted { hello() } else { Vec::new() };
+            let answers = [start, pieces.concat()];
+            for what in 0..5 {
+                let Ok(mut c) = client(&answers) else { continue };
+                match what {
+                    0 => drop(c.create_disk("disk", 4096)),
+                    1 => drop(c.grow_disk("disk", 4096)),
+                    2 => drop(c.readdir(".nbd")),
+                    3 => drop(c.unlink(".nbd/disk")),
+                    _ => drop(c.database_open()),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,615 @@
+//! A model of one machine and its bucket, for exhaustive crash tests: it can die before or after any
+//! change, refuse any change, and it remembers every acknowledged write, so that a test sees a loss.
+//!
+//! It checks the "must never happen" list by itself: formatting over data, taking away a device that is in
+//! use, a second ZeroFS beside a living one, reading before the replay. Each is a panic.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use super::{
+    ClaimRequest, Claimed, Content, DeviceView, Host, KeeperOptions, KeeperView, MountEntry, Observe,
+    Signature, StopOptions, TargetView, User,
+};
+use crate::error::{Error, Kind, Result};
+use crate::plan::{CheckResult, Device};
+use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
+
+/// What a kill is in the model: a panic with this payload, which nothing on the way may handle.
+#[derive(Debug)]
+pub struct Killed;
+
+/// A disk's filesystem, with everything that was written into it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Filesystem {
+    fs: FsType,
+    clean: bool,
+    size: ByteSize,
+    data: Vec<u64>,
+}
+
+/// What a ZeroFS disk holds durably.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Disk {
+    size: u64,
+    filesystem: Option<Filesystem>,
+}
+
+/// The catalog's record in the model.
+#[derive(Debug, Clone)]
+struct Record {
+    capacity: ByteSize,
+    fs: Option<FsType>,
+    content: Content,
+    epoch: u64,
+    owned: bool,
+}
+
+/// One volume's part of the machine.
+#[derive(Debug, Default)]
+struct World {
+    record: Option<Record>,
+    config: bool,
+    keeper: bool,
+    zerofs: bool,
+    /// Acknowledged, but not yet flushed: only the replay log has them.
+    log: Vec<u64>,
+    log_epoch: u64,
+    disk: Option<Disk>,
+    fuse: bool,
+    device: Option<Device>,
+    mounts: Vec<MountEntry>,
+    links: BTreeMap<PathBuf, PathBuf>,
+    folders: BTreeSet<PathBuf>,
+    users: Vec<User>,
+    /// Everything that was ever acknowledged.
+    acknowledged: Vec<u64>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct FakeHost {
+    world: RefCell<World>,
+    /// Counts the instants at which a kill or an error can strike: two per change.
+    instants: RefCell<u64>,
+    kill_at: RefCell<Option<u64>>,
+    fail_at: RefCell<Option<u64>>,
+}
+
+impl FakeHost {
+    /// A machine with nothing on it.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Dies at the `n`th instant from now: even numbers before a change, odd ones after it.
+    pub fn kill_at(&self, n: Option<u64>) {
+        *self.kill_at.borrow_mut() = n.map(|n| *self.instants.borrow() + n);
+    }
+
+    /// Refuses the change at the `n`th instant from now.
+    pub fn fail_at(&self, n: Option<u64>) {
+        *self.fail_at.borrow_mut() = n.map(|n| *self.instants.borrow() + n);
+    }
+
+    /// How many instants have passed.
+    pub fn instants(&self) -> u64 {
+        *self.instants.borrow()
+    }
+
+    fn instant(&self) -> Result<()> {
+        let now = *self.instants.borrow();
+        *self.instants.borrow_mut() += 1;
+        if *self.kill_at.borrow() == Some(now) {
+            *self.kill_at.borrow_mut() = None;
+            std::panic::panic_any(Killed);
+        }
+        if *self.fail_at.borrow() == Some(now) {
+            *self.fail_at.borrow_mut() = None;
+            return Err(Error::failed("the model was told to fail here"));
+        }
+        Ok(())
+    }
+
+    /// A change with an instant before and after it. An injected failure after the change leaves it done,
+    /// as a program does that is killed after its work.
+    fn change<T>(&self, change: impl FnOnce(&mut World) -> Result<T>) -> Result<T> {
+        self.instant()?;
+        let value = change(&mut self.world.borrow_mut())?;
+        self.instant()?;
+        Ok(value)
+    }
+
+    /// An application writes `value` into the mounted filesystem and its fsync returns.
+    pub fn write(&self, value: u64) {
+        let mut w = self.world.borrow_mut();
+        assert!(!w.mounts.is_empty(), "the test writes only while mounted");
+        w.acknowledged.push(value);
+        w.log.push(value);
+        if let Some(record) = &w.record {
+            w.log_epoch = record.epoch;
+        }
+    }
+
+    /// The keeper flushes by itself.
+    pub fn flush(&self) {
+        self.world.borrow_mut().flush();
+    }
+
+    /// SIGKILL to the keeper; ZeroFS lives on.
+    pub fn kill_keeper(&self) {
+        self.world.borrow_mut().keeper = false;
+    }
+
+    /// SIGKILL to ZeroFS: a living keeper restarts it and replays, which ends in a flush.
+    pub fn kill_zerofs(&self) {
+        let mut w = self.world.borrow_mut();
+        if w.keeper {
+            w.flush();
+        } else {
+            w.zerofs = false;
+        }
+    }
+
+    /// Someone opens the device, or lets go of it.
+    pub fn set_users(&self, users: Vec<User>) {
+        self.world.borrow_mut().users = users;
+    }
+
+    /// Somebody put a file into a folder, or mounted something there.
+    pub fn mount_foreign(&self, target: &str) {
+        let entry = MountEntry {
+            target: target.into(),
+            source: "/dev/other".into(),
+            fs: "ext4".into(),
+            read_only: false,
+        };
+        self.world.borrow_mut().mounts.push(entry);
+    }
+
+    /// What an application would read: everything it wrote, in order. None while nothing is mounted.
+    pub fn read(&self) -> Option<Vec<u64>> {
+        let w = self.world.borrow();
+        if !w.mounts.iter().any(|m| m.source != "/dev/other") || !w.keeper {
+            return None;
+        }
+        let mut data = w.disk.as_ref()?.filesystem.as_ref()?.data.clone();
+        data.extend(&w.log);
+        Some(data)
+    }
+
+    /// Everything that was ever acknowledged.
+    pub fn acknowledged(&self) -> Vec<u64> {
+        self.world.borrow().acknowledged.clone()
+    }
+
+    /// The size of device and filesystem.
+    pub fn sizes(&self) -> (Option<ByteSize>, Option<ByteSize>) {
+        let w = self.world.borrow();
+        (
+            w.device.as_ref().map(|d| d.size),
+            w.disk.as_ref().and_then(|d| d.filesystem.as_ref()).map(|f| f.size),
+        )
+    }
+
+    /// What is left on the node, in words; empty when nothing is.
+    pub fn leftovers(&self) -> Vec<&'static str> {
+        let w = self.world.borrow();
+        let mut left = Vec::new();
+        let mut note = |is: bool, what| {
+            if is {
+                left.push(what);
+            }
+        };
+        note(w.record.as_ref().is_some_and(|r| r.owned), "claim");
+        note(w.config, "config");
+        note(w.keeper, "keeper");
+        note(w.zerofs, "zerofs");
+        note(!w.log.is_empty(), "log");
+        note(w.fuse, "fuse");
+        note(w.device.is_some(), "device");
+        note(w.mounts.iter().any(|m| m.source != "/dev/other"), "mount");
+        note(!w.links.is_empty(), "link");
+        note(!w.folders.is_empty(), "folder");
+        left
+    }
+}
+
+impl World {
+    fn flush(&mut self) {
+        let log = std::mem::take(&mut self.log);
+        if let Some(fs) = self.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
+            fs.data.extend(log);
+        } else {
+            assert!(log.is_empty(), "acknowledged writes without a filesystem");
+        }
+    }
+
+    fn disk(&self) -> Result<Option<&Disk>> {
+        if !self.keeper || !self.zerofs {
+            return Err(Error::new(Kind::Unreachable, "ZeroFS does not answer"));
+        }
+        Ok(self.disk.as_ref())
+    }
+
+    fn alive(&self) -> bool {
+        self.keeper && self.zerofs
+    }
+}
+
+const DEVICE: &str = "/dev/loop0";
+
+impl Observe for FakeHost {
+    fn claim(&self, _: &VolumeId) -> Result<Option<Claimed>> {
+        Ok(self.world.borrow().record.as_ref().filter(|r| r.owned).map(claimed))
+    }
+
+    fn config_present(&self, _: &VolumeId) -> Result<bool> {
+        Ok(self.world.borrow().config)
+    }
+
+    fn config_absent(&self, _: &VolumeId) -> Result<bool> {
+        Ok(!self.world.borrow().config)
+    }
+
+    fn keeper(&self, _: &VolumeId) -> Result<KeeperView> {
+        let w = self.world.borrow();
+        Ok(if w.keeper {
+            let left_behind = if w.fuse { 0 } else { w.log.len() as u64 };
+            KeeperView::Alive { usable: true, state: "ready".into(), reason: None, left_behind }
+        } else {
+            KeeperView::Dead { orphan: w.zerofs, left_behind: w.log.len() as u64 }
+        })
+    }
+
+    fn disk_size(&self, _: &VolumeId) -> Result<Option<ByteSize>> {
+        Ok(self.world.borrow().disk()?.map(|d| ByteSize(d.size)))
+    }
+
+    fn device(&self, _: &VolumeId) -> Result<DeviceView> {
+        let w = self.world.borrow();
+        Ok(DeviceView { fuse: w.fuse, device: w.device.clone() })
+    }
+
+    fn signature(&self, _: &Path) -> Result<Signature> {
+        let w = self.world.borrow();
+        assert!(w.log.is_empty(), "the device is looked at before the log is replayed");
+        if !w.alive() {
+            return Err(Error::failed("cannot read the device"));
+        }
+        Ok(match w.disk.as_ref().and_then(|d| d.filesystem.as_ref()) {
+            None => Signature::Blank,
+            Some(f) => Signature::Filesystem { fs: f.fs, clean: f.clean },
+        })
+    }
+
+    fn mounts_of(&self, device: &Path) -> Result<Vec<MountEntry>> {
+        let source = device.to_string_lossy();
+        Ok(self.world.borrow().mounts.iter().filter(|m| m.source == source).cloned().collect())
+    }
+
+    fn target(&self, target: &TargetPath) -> Result<TargetView> {
+        let w = self.world.borrow();
+        let path = target.as_path();
+        if let Some(entry) = w.mounts.iter().find(|m| m.target == path) {
+            return Ok(TargetView::MountPoint(entry.clone()));
+        }
+        if let Some(to) = w.links.get(path) {
+            return Ok(TargetView::Other { link: Some(to.clone()) });
+        }
+        Ok(if w.folders.contains(path) { TargetView::EmptyFolder } else { TargetView::Missing })
+    }
+
+    fn device_users(&self, _: &Path) -> Result<Vec<User>> {
+        Ok(self.world.borrow().users.clone())
+    }
+
+    fn filesystem_fills_device(&self, device: &Device, _: FsType, _: &Path) -> Result<bool> {
+        let w = self.world.borrow();
+        Ok(w.disk.as_ref().and_then(|d| d.filesystem.as_ref()).is_some_and(|f| f.size == device.size))
+    }
+}
+
+fn claimed(record: &Record) -> Claimed {
+    Claimed {
+        epoch: record.epoch,
+        capacity: Some(record.capacity),
+        fs: record.fs,
+        content: record.content,
+        notes: vec![],
+    }
+}
+
+impl Host for FakeHost {
+    fn take_claim(&self, _: &VolumeId, request: &ClaimRequest) -> Result<Claimed> {
+        self.change(|w| {
+            let default = ByteSize(ByteSize::GIB);
+            let record = w.record.get_or_insert_with(|| Record {
+                capacity: request.size.unwrap_or(default),
+                fs: request.fs,
+                content: Content::Never,
+                epoch: 0,
+                owned: false,
+            });
+            if !record.owned {
+                record.epoch += 1;
+                record.owned = true;
+            }
+            if record.content == Content::Never {
+                record.capacity = request.size.unwrap_or(record.capacity);
+                record.fs = request.fs.or(record.fs);
+            }
+            Ok(claimed(record))
+        })
+    }
+
+    fn release_claim(&self, _: &VolumeId) -> Result<()> {
+        self.change(|w| {
+            assert!(!w.zerofs && !w.keeper, "released while ZeroFS still runs");
+            assert!(w.log.is_empty(), "released with acknowledged writes in the log");
+            if let Some(record) = &mut w.record {
+                record.owned = false;
+            }
+            Ok(())
+        })
+    }
+
+    fn record_content(&self, _: &VolumeId, content: Content, fs: Option<FsType>) -> Result<()> {
+        self.change(|w| {
+            let record = w.record.as_mut().ok_or_else(|| Error::failed("no record"))?;
+            record.content = content;
+            record.fs = fs.or(record.fs);
+            Ok(())
+        })
+    }
+
+    fn record_capacity(&self, _: &VolumeId, capacity: ByteSize) -> Result<()> {
+        self.change(|w| {
+            w.record.as_mut().ok_or_else(|| Error::failed("no record"))?.capacity = capacity;
+            Ok(())
+        })
+    }
+
+    fn write_config(&self, _: &VolumeId, _: Option<ByteSize>) -> Result<()> {
+        self.change(|w| {
+            w.config = true;
+            Ok(())
+        })
+    }
+
+    fn remove_config(&self, _: &VolumeId) -> Result<()> {
+        self.change(|w| {
+            assert!(!w.zerofs, "the config is removed under a running ZeroFS");
+            w.config = false;
+            Ok(())
+        })
+    }
+
+    fn start_keeper(&self, _: &VolumeId, epoch: u64, _: &KeeperOptions) -> Result<()> {
+        self.change(|w| {
+            assert!(w.config, "started without a config");
+            assert!(
+                w.record.as_ref().is_some_and(|r| r.owned && r.epoch == epoch),
+                "started without the claim"
+            );
+            assert!(!w.keeper, "a second keeper");
+            // An orphan is adopted, not doubled.
+            w.keeper = true;
+            w.zerofs = true;
+            Ok(())
+        })
+    }
+
+    fn stop_keeper(&self, _: &VolumeId, _: &StopOptions) -> Result<()> {
+        self.change(|w| {
+            assert!(!w.fuse || !w.keeper, "stopped under a live device");
+            assert!(w.config || w.log.is_empty(), "a log that nothing can replay any more");
+            w.keeper = false;
+            if w.disk.is_some() {
+                w.flush();
+            }
+            w.zerofs = false;
+            Ok(())
+        })
+    }
+
+    fn create_disk(&self, _: &VolumeId, size: ByteSize) -> Result<()> {
+        self.change(|w| {
+            w.disk()?;
+            let disk = w.disk.get_or_insert_default();
+            assert!(size.0 >= disk.size, "a disk shrinks");
+            disk.size = size.0;
+            Ok(())
+        })
+    }
+
+    fn remove_disk(&self, _: &VolumeId) -> Result<()> {
+        self.change(|w| {
+            assert!(!w.fuse, "the disk is removed under a device");
+            assert!(w.disk.as_ref().is_none_or(|d| d.filesystem.is_none()), "a written disk is removed");
+            w.disk = None;
+            Ok(())
+        })
+    }
+
+    fn grow_disk(&self, _: &VolumeId, size: ByteSize) -> Result<()> {
+        self.change(|w| {
+            w.disk()?;
+            let disk = w.disk.as_mut().ok_or_else(|| Error::failed("no disk"))?;
+            assert!(size.0 >= disk.size, "a disk shrinks");
+            disk.size = size.0;
+            Ok(())
+        })
+    }
+
+    fn replay(&self, _: &VolumeId) -> Result<(u64, Option<String>)> {
+        self.change(|w| {
+            assert!(!w.fuse, "replayed under a live device");
+            w.disk()?;
+            let epoch = w.record.as_ref().map_or(0, |r| r.epoch);
+            assert!(w.log.is_empty() || w.log_epoch == epoch, "a log of another epoch would be replayed");
+            let entries = w.log.len() as u64;
+            w.flush();
+            Ok((entries, None))
+        })
+    }
+
+    fn connect(&self, _: &VolumeId, read_only: bool) -> Result<Device> {
+        self.change(|w| {
+            assert!(w.alive(), "connected without ZeroFS");
+            assert!(w.fuse || w.log.is_empty(), "connected before the replay");
+            w.fuse = true;
+            Ok(())
+        })?;
+        self.change(|w| {
+            let size = ByteSize(w.disk.as_ref().map_or(0, |d| d.size));
+            let device = w.device.get_or_insert(Device { path: DEVICE.into(), read_only, size });
+            Ok(device.clone())
+        })
+    }
+
+    fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
+        self.change(|w| {
+            assert!(dead || w.users.is_empty(), "a device in use is disconnected");
+            assert!(!w.mounts.iter().any(|m| m.source == DEVICE), "a mounted device is disconnected");
+            assert!(!dead || !w.keeper, "a live device is taken down as if it were dead");
+            w.device = None;
+            Ok(())
+        })?;
+        self.change(|w| {
+            w.fuse = false;
+            Ok(())
+        })
+    }
+
+    fn grow_device(&self, _: &VolumeId) -> Result<Device> {
+        self.change(|w| {
+            let size = ByteSize(w.disk()?.map_or(0, |d| d.size));
+            let device = w.device.as_mut().ok_or_else(|| Error::failed("no device"))?;
+            device.size = size;
+            Ok(device.clone())
+        })
+    }
+
+    fn format(&self, device: &Device, fs: FsType, _: &VolumeId) -> Result<()> {
+        let make = |clean| {
+            move |w: &mut World| {
+                assert!(
+                    w.record.as_ref().is_some_and(|r| r.content == Content::Formatting),
+                    "mkfs unannounced"
+                );
+                assert!(w.acknowledged.is_empty(), "mkfs over acknowledged data");
+                let disk = w.disk.as_mut().ok_or_else(|| Error::failed("no disk"))?;
+                disk.filesystem = Some(Filesystem { fs, clean, size: device.size, data: vec![] });
+                Ok(())
+            }
+        };
+        // Half a mkfs may look like a filesystem already.
+        self.change(make(false))?;
+        self.change(make(true))
+    }
+
+    fn preen(&self, _: &Device, _: FsType) -> Result<Option<String>> {
+        self.change(|w| {
+            if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
+                f.clean = true;
+            }
+            Ok(None)
+        })
+    }
+
+    fn read_data(&self, _: &Device, _: Slice) -> Result<Vec<(u64, u64)>> {
+        self.change(|w| if w.alive() { Ok(vec![]) } else { Err(Error::failed("cannot read the device")) })
+    }
+
+    fn check(&self, _: &Device, _: FsType, repair: bool) -> Result<CheckResult> {
+        self.change(|w| {
+            assert!(w.mounts.is_empty(), "checked while mounted");
+            Ok(CheckResult { clean: true, repaired: repair, output: String::new() })
+        })
+    }
+
+    fn mount(
+        &self,
+        device: &Device,
+        fs: FsType,
+        target: &TargetPath,
+        _: &[String],
+        read_only: bool,
+    ) -> Result<()> {
+        self.change(|w| {
+            assert_eq!(
+                w.record.as_ref().map(|r| r.content),
+                Some(Content::Formatted),
+                "mounted before it was recorded"
+            );
+            assert!(w.folders.contains(target.as_path()), "mounted on nothing");
+            let f =
+                w.disk.as_mut().and_then(|d| d.filesystem.as_mut()).expect("mounted without a filesystem");
+            assert!(f.clean || !w.mounts.is_empty(), "mounted without a preen");
+            assert_eq!(f.fs, fs);
+            f.clean = read_only;
+            w.mounts.push(MountEntry {
+                target: target.as_path().into(),
+                source: device.path.to_string_lossy().into_owned(),
+                fs: fs.name().into(),
+                read_only,
+            });
+            Ok(())
+        })
+    }
+
+    fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
+        self.change(|w| {
+            assert!(!dead || !w.keeper, "a live mount is detached lazily");
+            w.mounts.retain(|m| m.target != target);
+            let alive = w.alive();
+            if w.mounts.is_empty()
+                && alive
+                && let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut())
+            {
+                f.clean = true;
+            }
+            Ok(())
+        })
+    }
+
+    fn grow_filesystem(&self, device: &Device, _: FsType, _: &Path) -> Result<()> {
+        self.change(|w| {
+            if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
+                f.size = device.size;
+            }
+            Ok(())
+        })
+    }
+
+    fn make_folder(&self, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            w.folders.insert(target.as_path().into());
+            Ok(())
+        })
+    }
+
+    fn remove_folder(&self, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            assert!(!w.mounts.iter().any(|m| m.target == target.as_path()), "a mount point is removed");
+            w.folders.remove(target.as_path());
+            Ok(())
+        })
+    }
+
+    fn link(&self, device: &Device, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            w.links.insert(target.as_path().into(), device.path.clone());
+            Ok(())
+        })
+    }
+
+    fn unlink(&self, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            w.links.remove(target.as_path());
+            Ok(())
+        })
+    }
+}

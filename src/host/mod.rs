@@ -1,0 +1,272 @@
+//! Everything outside the process: the catalog, the keeper, devices, filesystems, mounts.
+//!
+//! [`Observe`] is the read-only half; a dry run gets nothing else, so the types forbid a change.
+//! [`Host`] adds the changes. Each change is idempotent: done twice, or done on top of a half-done
+//! earlier try, it ends in the same state; recovery relies on it.
+//! [`linux::LinuxHost`] is the real one, [`fake::FakeHost`] a model for exhaustive crash tests.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::plan::{CheckResult, Device};
+use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
+
+pub use crate::catalog::Content;
+
+pub mod cgroup;
+pub mod fake;
+
+/// What the catalog gave us with a claim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claimed {
+    /// Grows with every change of owner; a replay log of another epoch is void.
+    pub epoch: u64,
+    /// Unknown for a volume that an older driver made, until its disk was seen.
+    pub capacity: Option<ByteSize>,
+    /// Likewise.
+    pub fs: Option<FsType>,
+    /// What is known of its content.
+    pub content: Content,
+    /// Worth telling the user, such as that a volume was adopted.
+    pub notes: Vec<String>,
+}
+
+/// What to ask of the catalog.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClaimRequest {
+    /// Where the data lives.
+    pub storage_url: String,
+    /// The size asked for, if any.
+    pub size: Option<ByteSize>,
+    /// The filesystem asked for, if any.
+    pub fs: Option<FsType>,
+    /// Attached as a raw block device.
+    pub block: bool,
+    /// A volume must exist already.
+    pub must_exist: bool,
+    /// Take it from an owner that is gone for good.
+    pub take_over: bool,
+}
+
+/// What runs of the keeper.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeeperView {
+    /// No keeper.
+    Dead {
+        /// A ZeroFS that a killed keeper left running.
+        orphan: bool,
+        /// Acknowledged writes in the log that it left.
+        left_behind: u64,
+    },
+    /// A keeper answers.
+    Alive {
+        /// Whether the data path is ready, or can be: not fenced, not failed.
+        usable: bool,
+        /// One word: ready, stalled, fenced, failed, …
+        state: String,
+        /// Why, when not ready.
+        reason: Option<String>,
+        /// Unreplayed entries of an earlier keeper's log.
+        left_behind: u64,
+    },
+}
+
+/// What is there of the block device.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DeviceView {
+    /// The FUSE mount is there (alive or dead).
+    pub fuse: bool,
+    /// The loop device on it.
+    pub device: Option<Device>,
+}
+
+impl DeviceView {
+    /// Nothing is there.
+    pub fn is_absent(&self) -> bool {
+        !self.fuse && self.device.is_none()
+    }
+}
+
+/// What two independent probes say of the content of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Signature {
+    /// Both say "nothing", and the first and last MiB are zeros.
+    Blank,
+    /// A filesystem of ours; `clean` when it was unmounted cleanly.
+    Filesystem {
+        /// Which.
+        fs: FsType,
+        /// Needs no preen.
+        clean: bool,
+    },
+    /// Something else; the text says what, for the error.
+    Other(String),
+}
+
+/// One line of the mount table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountEntry {
+    /// Mount point.
+    pub target: PathBuf,
+    /// `/dev/loop3`, or the filesystem's own name.
+    pub source: String,
+    /// `ext4`, `fuse.zerofsctl`, …
+    pub fs: String,
+    /// Mounted read-only.
+    pub read_only: bool,
+}
+
+/// What is at a path where a volume shall be mounted or linked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TargetView {
+    /// Nothing.
+    Missing,
+    /// A folder with nothing in it and nothing mounted on it.
+    EmptyFolder,
+    /// A folder that has something in it.
+    FullFolder,
+    /// Not a folder. A symbolic link carries where it leads.
+    Other {
+        /// Where a symbolic link leads.
+        link: Option<PathBuf>,
+    },
+    /// Something is mounted on it.
+    MountPoint(MountEntry),
+}
+
+/// Who uses a device or a mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// Process id.
+    pub pid: u32,
+    /// Its short name.
+    pub name: String,
+}
+
+/// Options for the keeper, all with defaults.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperOptions {
+    /// How long I/O may wait for a server that is gone; none: for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_timeout: Option<Duration>,
+    /// Size of the replay log.
+    pub log_size: ByteSize,
+    /// NBD connections to ZeroFS, which serves one request at a time on each.
+    pub connections: usize,
+}
+
+impl Default for KeeperOptions {
+    fn default() -> Self {
+        KeeperOptions { io_timeout: None, log_size: ByteSize(256 * ByteSize::MIB), connections: 4 }
+    }
+}
+
+/// How to stop ZeroFS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopOptions {
+    /// How long to wait for the flush.
+    pub timeout: Duration,
+    /// SIGKILL after that.
+    pub force: bool,
+}
+
+impl Default for StopOptions {
+    fn default() -> Self {
+        StopOptions { timeout: Duration::from_secs(120), force: false }
+    }
+}
+
+/// The read-only half of the host.
+pub trait Observe {
+    /// Our claim on the volume, if we hold it.
+    fn claim(&self, volume: &VolumeId) -> Result<Option<Claimed>>;
+    /// Whether the config on disk is the one that we would write.
+    fn config_present(&self, volume: &VolumeId) -> Result<bool>;
+    /// Whether anything of the volume's state folder exists.
+    fn config_absent(&self, volume: &VolumeId) -> Result<bool>;
+    /// The keeper and its ZeroFS.
+    fn keeper(&self, volume: &VolumeId) -> Result<KeeperView>;
+    /// Size of the disk inside ZeroFS; none when there is no disk. Needs a running ZeroFS.
+    fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>>;
+    /// The FUSE mount and the loop device.
+    fn device(&self, volume: &VolumeId) -> Result<DeviceView>;
+    /// What is on the device. Any doubt is an error.
+    fn signature(&self, device: &Path) -> Result<Signature>;
+    /// All mounts of the device in this mount namespace.
+    fn mounts_of(&self, device: &Path) -> Result<Vec<MountEntry>>;
+    /// What is at a path.
+    fn target(&self, target: &TargetPath) -> Result<TargetView>;
+    /// Who uses the device besides its mounts in this namespace: openers, other mount namespaces, holders.
+    fn device_users(&self, device: &Path) -> Result<Vec<User>>;
+    /// Size of the filesystem mounted at `target`, as its superblock tells: none when it fills the device.
+    fn filesystem_fills_device(&self, device: &Device, fs: FsType, target: &Path) -> Result<bool>;
+}
+
+/// Observing and changing.
+pub trait Host: Observe {
+    /// Claims the volume in the catalog; creates or adopts its record when there is none.
+    fn take_claim(&self, volume: &VolumeId, request: &ClaimRequest) -> Result<Claimed>;
+    /// Gives it back, and removes what was kept to be able to do so.
+    fn release_claim(&self, volume: &VolumeId) -> Result<()>;
+    /// Records the content state.
+    fn record_content(&self, volume: &VolumeId, content: Content, fs: Option<FsType>) -> Result<()>;
+    /// Records the capacity.
+    fn record_capacity(&self, volume: &VolumeId, capacity: ByteSize) -> Result<()>;
+    /// Renders and writes the config for a volume of `capacity`.
+    fn write_config(&self, volume: &VolumeId, capacity: Option<ByteSize>) -> Result<()>;
+    /// Removes the config and the cache.
+    fn remove_config(&self, volume: &VolumeId) -> Result<()>;
+    /// Starts the keeper and waits until both sockets of ZeroFS answer.
+    fn start_keeper(&self, volume: &VolumeId, epoch: u64, options: &KeeperOptions) -> Result<()>;
+    /// Flushes, stops ZeroFS and the keeper, removes the sockets and the empty log. Where a killed keeper left
+    /// acknowledged writes in its log, they are replayed first: afterwards ZeroFS has all of them.
+    fn stop_keeper(&self, volume: &VolumeId, options: &StopOptions) -> Result<()>;
+    /// Creates the disk (idempotent; never shrinks).
+    fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()>;
+    /// Removes a disk that was never written.
+    fn remove_disk(&self, volume: &VolumeId) -> Result<()>;
+    /// Grows the disk.
+    fn grow_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()>;
+    /// Replays the log that an earlier keeper left; returns the number of entries, and a note when the log
+    /// was void.
+    fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)>;
+    /// Makes the block device.
+    fn connect(&self, volume: &VolumeId, read_only: bool) -> Result<Device>;
+    /// Takes it away again. The caller has proven that nothing uses it, or that it is `dead`.
+    fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()>;
+    /// Tells keeper and kernel the new size.
+    fn grow_device(&self, volume: &VolumeId) -> Result<Device>;
+    /// Makes a filesystem. The caller has proven that the device is blank.
+    fn format(&self, device: &Device, fs: FsType, volume: &VolumeId) -> Result<()>;
+    /// Repairs what is safe to repair without asking.
+    fn preen(&self, device: &Device, fs: FsType) -> Result<Option<String>>;
+    /// Reads a slice of the device through ZeroFS; returns the ranges that could not be read.
+    fn read_data(&self, device: &Device, slice: Slice) -> Result<Vec<(u64, u64)>>;
+    /// Checks, and with `repair` repairs, an unmounted filesystem.
+    fn check(&self, device: &Device, fs: FsType, repair: bool) -> Result<CheckResult>;
+    /// Mounts. The folder exists.
+    fn mount(
+        &self,
+        device: &Device,
+        fs: FsType,
+        target: &TargetPath,
+        options: &[String],
+        read_only: bool,
+    ) -> Result<()>;
+    /// Unmounts; `dead` detaches lazily when a process still holds a dead filesystem.
+    fn unmount(&self, target: &Path, dead: bool) -> Result<()>;
+    /// Grows the mounted filesystem to the device's size.
+    fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()>;
+    /// Makes an empty folder, parents included.
+    fn make_folder(&self, target: &TargetPath) -> Result<()>;
+    /// Removes it when empty; otherwise leaves it.
+    fn remove_folder(&self, target: &TargetPath) -> Result<()>;
+    /// Links a device at a target.
+    fn link(&self, device: &Device, target: &TargetPath) -> Result<()>;
+    /// Removes the link.
+    fn unlink(&self, target: &TargetPath) -> Result<()>;
+}

@@ -1,0 +1,108 @@
+//! attach: from a volume's name to a mounted filesystem, or a raw device.
+
+use super::*;
+use crate::host::{KeeperOptions, StopOptions};
+
+/// What to attach, where and how. Every value is checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttachSpec {
+    /// Which volume.
+    pub volume: VolumeId,
+    /// Where it appears.
+    pub target: TargetPath,
+    /// Where its data lives.
+    pub storage_url: String,
+    /// None takes what the volume has, or 1Gi for a new one.
+    pub size: Option<ByteSize>,
+    /// None takes what the volume has, or ext4 for a new one.
+    pub fs: Option<FsType>,
+    /// For mount(8).
+    pub mount_options: Vec<String>,
+    /// Neither formats, nor repairs, nor writes.
+    pub read_only: bool,
+    /// Hands out the device itself, linked at the target.
+    pub block: bool,
+    /// How the device is made.
+    pub transport: Transport,
+    /// Take the volume from an owner that is gone for good.
+    pub take_over: bool,
+    /// For the keeper.
+    pub keeper: KeeperOptions,
+    /// For the stop of an attach that fails, and of a later detach.
+    pub stop: StopOptions,
+}
+
+impl AttachSpec {
+    /// The plan. Pure: it looks at nothing.
+    pub fn plan(&self) -> Plan {
+        let mut tasks = prepare(self);
+        let place = if self.block {
+            Task::apply(step::Link { target: self.target.clone(), read_only: self.read_only }.into())
+        } else {
+            tasks.push(Task::apply(step::ProbeSignature {}.into()));
+            tasks.push(Task::apply(step::Format { read_only: self.read_only }.into()));
+            tasks.push(Task::apply(step::Preen { read_only: self.read_only }.into()));
+            let (options, read_only) = (self.mount_options.clone(), self.read_only);
+            Task::apply(step::Mount { target: self.target.clone(), options, read_only }.into())
+        };
+        tasks.push(place);
+        Plan { operation: Operation::Attach, volume: self.volume.clone(), tasks }
+    }
+}
+
+/// The steps up to the device, which fsck shares.
+pub(super) fn prepare(spec: &AttachSpec) -> Vec<Task> {
+    [
+        step::Claim {
+            storage_url: spec.storage_url.clone(),
+            size: spec.size,
+            fs: spec.fs,
+            block: spec.block,
+            must_exist: spec.read_only,
+            take_over: spec.take_over,
+        }
+        .into(),
+        step::WriteConfig {}.into(),
+        step::Start { options: spec.keeper.clone(), stop: spec.stop }.into(),
+        step::CreateDisk {}.into(),
+        step::Replay {}.into(),
+        step::Connect { transport: spec.transport, read_only: spec.read_only }.into(),
+    ]
+    .into_iter()
+    .map(Task::apply)
+    .collect()
+}
+
+/// Attaches; a second time it is `already`, and at another target it is a second mount.
+pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<RunReport> {
+    let plan = spec.plan();
+    let mut journal = Journal::open(run_dir, &spec.volume)?;
+    let result = (|| {
+        engine.settle(&mut journal, Some(&plan))?;
+        // A resumed run takes care of itself; the probes of its steps find a dead device.
+        clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
+        let facts = journal.standing().facts.carried();
+        engine.run(&mut journal, plan, facts)
+    })();
+    journal.close()?;
+    result
+}
+
+/// A wreck can also stand under an attach that was cut short: then that attach is taken back first.
+fn clear_wreck_of_resumed(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<()> {
+    if journal.open_run().is_some() {
+        let standing = journal.standing();
+        let dead = matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
+        if dead && standing.connect.is_some() && !engine.host.device(volume)?.is_absent() {
+            engine.settle(journal, None)?;
+        } else {
+            return Ok(());
+        }
+    }
+    clear_wreck(engine, journal, volume).map(drop)
+}
+
+/// The dry run of an attach.
+pub fn preview(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<Vec<crate::run::Preview>> {
+    crate::run::preview(host, &spec.plan(), Facts::default())
+}

@@ -1,0 +1,91 @@
+//! detach: the plan of attach backwards. What fails is an error, and whatever was not taken down stays.
+
+use super::*;
+use crate::host::StopOptions;
+
+/// How much to take away.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scope {
+    /// All mounts, the device, ZeroFS, the claim.
+    Volume,
+    /// One target; everything, when it is the last.
+    Target(TargetPath),
+}
+
+/// The plan, from what stands. Pure.
+pub fn plan(volume: &VolumeId, standing: &Standing, scope: &Scope, stop: StopOptions) -> Result<Plan> {
+    let mut tasks: Vec<Task> = Vec::new();
+    let all = match scope {
+        Scope::Volume => true,
+        Scope::Target(target) => {
+            if !standing.places.iter().any(|p| place(p) == Some(target)) {
+                return Err(Error::new(Kind::NotFound, format!("it is not attached at {target}"))
+                    .on(volume)
+                    .hint(format!("see where it is: zerofsctl show {volume}")));
+            }
+            standing.places.len() == 1
+        }
+    };
+    for step in standing.places.iter().rev() {
+        if all || matches!(scope, Scope::Target(t) if place(step) == Some(t)) {
+            tasks.push(Task::undo(step.clone()));
+        }
+    }
+    if all {
+        if let Some(connect) = &standing.connect {
+            tasks.push(Task::undo(connect.clone().into()));
+        }
+        let options = standing.start.as_ref().map(|s| s.options.clone()).unwrap_or_default();
+        tasks.push(Task::undo(step::Start { options, stop }.into()));
+        tasks.push(Task::undo(step::WriteConfig {}.into()));
+        if let Some(claim) = &standing.claim {
+            tasks.push(Task::undo(claim.clone().into()));
+        }
+    }
+    Ok(Plan { operation: Operation::Detach, volume: volume.clone(), tasks })
+}
+
+/// Detaches. None when nothing of the volume is on this node.
+pub fn detach(
+    engine: &Engine<'_>,
+    run_dir: &Path,
+    volume: &VolumeId,
+    scope: &Scope,
+    stop: StopOptions,
+) -> Result<Option<RunReport>> {
+    let mut journal = Journal::open(run_dir, volume)?;
+    let wanted = Plan { operation: Operation::Detach, volume: volume.clone(), tasks: vec![] };
+    let result = (|| {
+        // An earlier detach of everything that was cut short, wanted again: this one's own stop options
+        // count, so it starts afresh from what stands.
+        let open_detach = journal.open_run().is_some_and(|r| r.plan.operation == Operation::Detach);
+        if open_detach && *scope == Scope::Volume {
+            journal.end(crate::journal::End::Abandoned)?;
+        }
+        engine.settle(&mut journal, Some(&wanted))?;
+        let standing = journal.standing();
+        if !standing.claimed {
+            return Ok(None);
+        }
+        let plan = plan(volume, &standing, scope, stop)?;
+        engine.run(&mut journal, plan, standing.facts).map(Some)
+    })();
+    journal.close()?;
+    result
+}
+
+/// The dry run of a detach; none when nothing of the volume is on this node.
+pub fn preview(
+    host: &dyn crate::host::Observe,
+    run_dir: &Path,
+    volume: &VolumeId,
+    scope: &Scope,
+    stop: StopOptions,
+) -> Result<Option<Vec<crate::run::Preview>>> {
+    let standing = Standing::of(&Journal::peek(run_dir, volume)?.unwrap_or_default());
+    if !standing.claimed {
+        return Ok(None);
+    }
+    let plan = plan(volume, &standing, scope, stop)?;
+    crate::run::preview(host, &plan, standing.facts).map(Some)
+}

@@ -1,0 +1,91 @@
+//! recover: settles what killed runs and killed keepers left, and nothing else.
+
+use super::*;
+
+/// What was settled.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Recovered {
+    /// In words; empty when there was nothing to do.
+    pub what: Vec<String>,
+    /// Whether the volume is attached now.
+    pub attached: bool,
+}
+
+/// Settles one volume: an open run is finished or undone; a volume whose keeper was killed is taken down
+/// and, since it was wanted, attached again at the same places.
+pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result<Recovered> {
+    let mut journal = Journal::open(run_dir, volume)?;
+    let result = (|| {
+        let mut what = Vec::new();
+        // A resize needs a living volume: it is finished last.
+        let resize = journal.open_run().and_then(resize_to);
+        if resize.is_some() {
+            journal.end(crate::journal::End::Abandoned)?;
+        }
+        let name = journal.open_run().map(|r| r.plan.operation.name());
+        match (engine.settle(&mut journal, None)?, name) {
+            (Settlement::Finish, Some(name)) => what.push(format!("finished a {name} that was cut short")),
+            (Settlement::Unwind, Some(name)) => what.push(format!("undid a {name} that was cut short")),
+            _ => {}
+        }
+        let before = journal.standing();
+        let places = clear_wreck(engine, &mut journal, volume)?;
+        if !places.is_empty() {
+            what.push("took down the device of a keeper that is gone".into());
+        }
+        let again = matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
+        if let (true, Some(claim), Some(connect)) = (again, before.claim.clone(), before.connect.clone()) {
+            let plan = again_plan(volume, &before, claim, connect);
+            let facts = journal.standing().facts.carried();
+            engine.run(&mut journal, plan, facts)?;
+            what.push("attached it again".into());
+        }
+        if let (Some(size), true) = (resize, journal.standing().connect.is_some()) {
+            let standing = journal.standing();
+            let plan = super::resize::plan(volume, &standing, size)?;
+            engine.run(&mut journal, plan, standing.facts)?;
+            what.push("finished a resize that was cut short".into());
+        }
+        Ok(Recovered { what, attached: journal.standing().connect.is_some() })
+    })();
+    journal.close()?;
+    result
+}
+
+/// The size that an open resize was after.
+fn resize_to(run: &crate::journal::Run) -> Option<ByteSize> {
+    run.plan.tasks.iter().find_map(|t| match &t.step {
+        Step::GrowDisk(g) => Some(g.size),
+        _ => None,
+    })
+}
+
+/// The attach that the journal remembers, with all its places.
+fn again_plan(volume: &VolumeId, standing: &Standing, claim: step::Claim, connect: step::Connect) -> Plan {
+    let start = standing
+        .start
+        .clone()
+        .unwrap_or(step::Start { options: Default::default(), stop: Default::default() });
+    let read_only = connect.read_only;
+    // Size and filesystem are recorded by now.
+    let claim = step::Claim { size: None, fs: None, must_exist: true, ..claim };
+    let mut steps: Vec<Step> = vec![
+        claim.into(),
+        step::WriteConfig {}.into(),
+        start.into(),
+        step::CreateDisk {}.into(),
+        step::Replay {}.into(),
+        connect.into(),
+    ];
+    if standing.places.iter().any(|p| matches!(p, Step::Mount(_))) {
+        steps.push(step::ProbeSignature {}.into());
+        steps.push(step::Format { read_only }.into());
+        steps.push(step::Preen { read_only }.into());
+    }
+    steps.extend(standing.places.iter().cloned());
+    Plan {
+        operation: Operation::Attach,
+        volume: volume.clone(),
+        tasks: steps.into_iter().map(Task::apply).collect(),
+    }
+}

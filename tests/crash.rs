@@ -1,0 +1,488 @@
+//! The crash matrix on the model machine: a kill before and after every change of every operation, then
+//! the same command again; refused changes; and random interleavings of all of it. The model panics on each
+//! thing that must never happen (mkfs over data, a device in use taken away, …), so every case checks those too.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use proptest::prelude::*;
+use zerofsctl::error::{Kind, Result};
+use zerofsctl::host::User;
+use zerofsctl::host::fake::{FakeHost, Killed};
+use zerofsctl::journal;
+use zerofsctl::ops::{self, AttachSpec, Scope};
+use zerofsctl::run::{Engine, Silent};
+use zerofsctl::values::{ByteSize, TargetPath, VolumeId};
+
+fn volume() -> VolumeId {
+    "vol1".parse().unwrap()
+}
+
+fn target(path: &str) -> TargetPath {
+    TargetPath::new(Path::new(path), Path::new("/")).unwrap()
+}
+
+/// One machine, its run folder, and a user who types commands.
+struct Machine {
+    host: FakeHost,
+    run_dir: tempfile::TempDir,
+}
+
+impl Machine {
+    fn new() -> Self {
+        // Every case writes and syncs a journal: memory keeps that quick.
+        let run_dir = tempfile::Builder::new().prefix("crash").tempdir_in("/dev/shm").unwrap();
+        Machine { host: FakeHost::new(), run_dir }
+    }
+
+    fn engine(&self) -> Engine<'_> {
+        Engine { host: &self.host, observer: &Silent }
+    }
+
+    fn spec(&self, at: &str) -> AttachSpec {
+        AttachSpec {
+            volume: volume(),
+            target: target(at),
+            storage_url: "file:///store".into(),
+            size: None,
+            fs: None,
+            mount_options: vec![],
+            read_only: false,
+            block: false,
+            transport: Default::default(),
+            take_over: false,
+            keeper: Default::default(),
+            stop: Default::default(),
+        }
+    }
+
+    fn attach(&self, at: &str) -> Result<()> {
+        ops::attach::attach(&self.engine(), self.run_dir.path(), &self.spec(at)).map(drop)
+    }
+
+    fn attach_block(&self, at: &str) -> Result<()> {
+        let spec = AttachSpec { block: true, ..self.spec(at) };
+        ops::attach::attach(&self.engine(), self.run_dir.path(), &spec).map(drop)
+    }
+
+    fn detach_scope(&self, scope: &Scope) -> Result<()> {
+        ops::detach::detach(&self.engine(), self.run_dir.path(), &volume(), scope, Default::default())
+            .map(drop)
+    }
+
+    fn detach(&self) -> Result<()> {
+        self.detach_scope(&Scope::Volume)
+    }
+
+    fn detach_target(&self, at: &str) -> Result<()> {
+        self.detach_scope(&Scope::Target(target(at)))
+    }
+
+    fn resize(&self, gib: u64) -> Result<()> {
+        let size = ByteSize(gib * ByteSize::GIB);
+        ops::resize::resize(&self.engine(), self.run_dir.path(), &volume(), size).map(drop)
+    }
+
+    fn fsck(&self) -> Result<()> {
+        let spec = ops::fsck::FsckSpec { attach: self.spec("/none"), repair: false, read_data: None };
+        ops::fsck::fsck(&self.engine(), self.run_dir.path(), &spec).map(drop)
+    }
+
+    fn recover(&self) -> Result<()> {
+        ops::recover::recover(&self.engine(), self.run_dir.path(), &volume()).map(drop)
+    }
+
+    /// Runs `command`; true when the model killed it.
+    fn killed(&self, command: &dyn Fn(&Machine) -> Result<()>) -> bool {
+        match catch_unwind(AssertUnwindSafe(|| command(self))) {
+            Ok(_) => false,
+            Err(payload) if payload.is::<Killed>() => true,
+            Err(payload) => std::panic::resume_unwind(payload),
+        }
+    }
+
+    /// Nothing is left, neither on the machine nor in the run folder.
+    fn assert_empty(&self, when: &str) {
+        assert_eq!(self.host.leftovers(), Vec::<&str>::new(), "{when}");
+        assert_eq!(journal::volumes(self.run_dir.path()).unwrap(), vec![], "{when}");
+        let locks = self.run_dir.path().join("locks");
+        assert!(
+            !locks.exists() || std::fs::read_dir(locks).unwrap().count() == 0,
+            "{when}: a lock file is left"
+        );
+    }
+
+    fn assert_data(&self, when: &str) {
+        assert_eq!(self.host.read(), Some(self.host.acknowledged()), "{when}");
+    }
+}
+
+/// The model's kills are panics; only real ones shall print.
+fn quiet_kills() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let default = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !info.payload().is::<Killed>() {
+                default(info);
+            }
+        }));
+    });
+}
+
+type Command = fn(&Machine) -> Result<()>;
+
+/// What happens before, what is killed, and what must be true after it was run again.
+struct Case {
+    name: &'static str,
+    before: fn(&Machine),
+    command: Command,
+    after: fn(&Machine, &str),
+}
+
+fn gone_and_intact(m: &Machine, when: &str) {
+    m.assert_empty(when);
+    m.attach("/a").unwrap();
+    m.assert_data(when);
+}
+
+const CASES: &[Case] = &[
+    Case { name: "attach fresh", before: |_| {}, command: |m| m.attach("/a"), after: Machine::assert_data },
+    Case {
+        name: "attach existing",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.detach().unwrap();
+        },
+        command: |m| m.attach("/a"),
+        after: Machine::assert_data,
+    },
+    Case {
+        name: "second mount",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+        },
+        command: |m| m.attach("/b"),
+        after: Machine::assert_data,
+    },
+    Case {
+        name: "attach after the keeper was killed",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+        },
+        command: |m| m.attach("/a"),
+        after: Machine::assert_data,
+    },
+    Case {
+        name: "recover after keeper and ZeroFS were killed",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.attach("/b").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+            m.host.kill_zerofs();
+        },
+        command: Machine::recover,
+        after: |m, when| {
+            // A recover that was killed during its own attach takes that back: then it attaches again.
+            if m.host.read().is_none() {
+                m.attach("/a").unwrap();
+            }
+            m.assert_data(when);
+        },
+    },
+    Case {
+        name: "detach",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.attach("/b").unwrap();
+            m.host.write(1);
+        },
+        command: Machine::detach,
+        after: gone_and_intact,
+    },
+    Case {
+        name: "detach of a volume whose keeper was killed",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+        },
+        command: Machine::detach,
+        after: gone_and_intact,
+    },
+    Case {
+        name: "resize",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+        },
+        command: |m| m.resize(2),
+        after: |m, when| {
+            let grown = Some(ByteSize(2 * ByteSize::GIB));
+            assert_eq!(m.host.sizes(), (grown, grown), "{when}");
+            m.assert_data(when);
+        },
+    },
+    Case {
+        name: "fsck",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.detach().unwrap();
+        },
+        command: Machine::fsck,
+        after: gone_and_intact,
+    },
+    Case {
+        name: "raw block attach",
+        before: |_| {},
+        command: |m| m.attach_block("/dev/shm/raw"),
+        after: |m, when| assert!(m.host.leftovers().contains(&"link"), "{when}"),
+    },
+];
+
+/// Every instant of every case: killed there, run again, the same end state; then a detach leaves nothing.
+#[test]
+fn a_kill_at_every_instant_ends_in_the_same_state() {
+    quiet_kills();
+    for case in CASES {
+        let mut instant = 0;
+        loop {
+            let m = Machine::new();
+            (case.before)(&m);
+            m.host.kill_at(Some(instant));
+            let killed = m.killed(&case.command);
+            m.host.kill_at(None);
+            let when = format!("{}, killed at instant {instant}", case.name);
+            if killed {
+                (case.command)(&m).unwrap_or_else(|e| panic!("{when}: {e}"));
+            }
+            (case.after)(&m, &when);
+            m.detach().unwrap_or_else(|e| panic!("{when}: {e}"));
+            m.assert_empty(&when);
+            if !killed {
+                break;
+            }
+            instant += 1;
+        }
+        assert!(instant >= 2, "{}: only {instant} instants", case.name);
+    }
+}
+
+/// Killed twice, the second time while the first kill is being settled.
+#[test]
+fn a_kill_while_settling_a_kill_ends_in_the_same_state() {
+    quiet_kills();
+    for case in CASES {
+        for first in 0.. {
+            let mut reached = false;
+            for second in 0.. {
+                let m = Machine::new();
+                (case.before)(&m);
+                m.host.kill_at(Some(first));
+                if !m.killed(&case.command) {
+                    break;
+                }
+                reached = true;
+                m.host.kill_at(Some(second));
+                let again = m.killed(&case.command);
+                m.host.kill_at(None);
+                let when = format!("{}, killed at {first} and then at {second}", case.name);
+                if again {
+                    (case.command)(&m).unwrap_or_else(|e| panic!("{when}: {e}"));
+                }
+                (case.after)(&m, &when);
+                m.detach().unwrap_or_else(|e| panic!("{when}: {e}"));
+                m.assert_empty(&when);
+                if !again {
+                    break;
+                }
+            }
+            if !reached {
+                break;
+            }
+        }
+    }
+}
+
+/// A change that is refused: attach and fsck undo their own work; the others say so and are finished later.
+#[test]
+fn a_failure_at_every_instant_is_reported_and_leaves_nothing_behind() {
+    quiet_kills();
+    for case in CASES {
+        for instant in 0.. {
+            let m = Machine::new();
+            (case.before)(&m);
+            let (left, data) = (m.host.leftovers(), m.host.acknowledged());
+            m.host.fail_at(Some(instant));
+            let result = (case.command)(&m);
+            m.host.fail_at(None);
+            let when = format!("{}, refused at instant {instant}", case.name);
+            let failed = result.is_err();
+            if let Err(e) = result {
+                assert!(e.step().is_some(), "{when}: {e} names no step");
+                if ["attach fresh", "attach existing", "second mount", "fsck"].contains(&case.name) {
+                    assert_eq!(m.host.leftovers(), left, "{when}: {e}");
+                }
+                (case.command)(&m).unwrap_or_else(|e| panic!("{when}: {e}"));
+            }
+            (case.after)(&m, &when);
+            assert_eq!(m.host.acknowledged(), data, "{when}");
+            m.detach().unwrap_or_else(|e| panic!("{when}: {e}"));
+            m.assert_empty(&when);
+            if !failed {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn attaching_twice_is_already() {
+    let m = Machine::new();
+    m.attach("/a").unwrap();
+    let again = ops::attach::attach(&m.engine(), m.run_dir.path(), &m.spec("/a")).unwrap();
+    assert!(again.already(), "{:?}", again.tasks);
+    m.detach().unwrap();
+    m.assert_empty("after detach");
+}
+
+#[test]
+fn one_target_of_two_goes_and_the_other_stays() {
+    let m = Machine::new();
+    m.attach("/a").unwrap();
+    m.attach("/b").unwrap();
+    m.host.write(1);
+    m.detach_target("/a").unwrap();
+    m.assert_data("one mount left");
+    assert_eq!(m.detach_target("/c").unwrap_err().kind(), Kind::NotFound);
+    m.detach_target("/b").unwrap();
+    m.assert_empty("the last target takes everything with it");
+}
+
+#[test]
+fn a_device_in_use_is_never_taken_away() {
+    let m = Machine::new();
+    m.attach("/a").unwrap();
+    m.host.write(1);
+    m.host.set_users(vec![User { pid: 42, name: "dd".into() }]);
+    let error = m.detach().unwrap_err();
+    assert_eq!(error.kind(), Kind::Busy);
+    assert!(error.to_string().contains("dd (42)"), "{error}");
+    m.host.set_users(vec![]);
+    m.detach().unwrap();
+    m.assert_empty("after the user let go");
+}
+
+#[test]
+fn a_mount_of_something_else_at_the_target_is_left_alone() {
+    let m = Machine::new();
+    m.host.mount_foreign("/a");
+    assert_eq!(m.attach("/a").unwrap_err().kind(), Kind::Busy);
+    m.assert_empty("after the refusal");
+}
+
+#[test]
+fn a_volume_never_shrinks() {
+    let m = Machine::new();
+    m.attach("/a").unwrap();
+    m.resize(3).unwrap();
+    let error = m.resize(2).unwrap_err();
+    assert_eq!(error.kind(), Kind::Usage);
+    m.detach().unwrap();
+    m.assert_empty("after a refused shrink");
+}
+
+/// What a person, a pager and a power supply may do to one volume.
+#[derive(Debug, Clone)]
+enum Deed {
+    Attach(u8),
+    Detach,
+    DetachTarget(u8),
+    Resize(u8),
+    Fsck,
+    Recover,
+    Write,
+    Flush,
+    KillKeeper,
+    KillZerofs,
+}
+
+impl Deed {
+    fn act(&self, m: &Machine) -> Result<()> {
+        match self {
+            Deed::Attach(n) => m.attach(&format!("/t{n}")),
+            Deed::Detach => m.detach(),
+            Deed::DetachTarget(n) => m.detach_target(&format!("/t{n}")),
+            Deed::Resize(n) => m.resize(u64::from(*n)),
+            Deed::Fsck => m.fsck(),
+            Deed::Recover => m.recover(),
+            Deed::Write if m.host.read().is_some() => {
+                m.host.write(m.host.acknowledged().len() as u64);
+                Ok(())
+            }
+            Deed::Flush if m.host.read().is_some() => {
+                m.host.flush();
+                Ok(())
+            }
+            Deed::Write | Deed::Flush => Ok(()),
+            Deed::KillKeeper => {
+                m.host.kill_keeper();
+                Ok(())
+            }
+            Deed::KillZerofs => {
+                m.host.kill_zerofs();
+                Ok(())
+            }
+        }
+    }
+}
+
+fn deeds() -> impl Strategy<Value = (Deed, Option<u64>, Option<u64>)> {
+    let deed = prop_oneof![
+        4 => (0..3u8).prop_map(Deed::Attach),
+        2 => Just(Deed::Detach),
+        1 => (0..3u8).prop_map(Deed::DetachTarget),
+        1 => (1..5u8).prop_map(Deed::Resize),
+        1 => Just(Deed::Fsck),
+        1 => Just(Deed::Recover),
+        4 => Just(Deed::Write),
+        1 => Just(Deed::Flush),
+        1 => Just(Deed::KillKeeper),
+        1 => Just(Deed::KillZerofs),
+    ];
+    let instant = || prop_oneof![3 => Just(None), 1 => (0..30u64).prop_map(Some)];
+    (deed, instant(), instant())
+}
+
+fn cases() -> u32 {
+    std::env::var("ZEROFSCTL_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(512)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+    /// Any order of commands, kills, refusals and crashes: nothing acknowledged is ever lost, the model never
+    /// sees a forbidden thing, and in the end a detach leaves nothing.
+    #[test]
+    fn random_interleavings_lose_nothing(story in proptest::collection::vec(deeds(), 1..25)) {
+        quiet_kills();
+        let m = Machine::new();
+        for (deed, kill, fail) in &story {
+            m.host.kill_at(*kill);
+            m.host.fail_at(*fail);
+            m.killed(&|m| deed.act(m));
+        }
+        m.host.kill_at(None);
+        m.host.fail_at(None);
+        m.recover().unwrap();
+        m.attach("/end").unwrap();
+        prop_assert_eq!(m.host.read(), Some(m.host.acknowledged()));
+        m.detach().unwrap();
+        m.assert_empty("at the end of the story");
+    }
+}
