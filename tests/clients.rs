@@ -11,10 +11,10 @@ use zerofsctl::zerofs::config::NBD_SOCKET;
 use zerofsctl::zerofs::nbd::{Client, Extent, handshake};
 use zerofsctl::zerofs::{ninep, sock};
 
-#[path = "support/zerofs.rs"]
-mod zerofs;
+mod support;
 
-use zerofs::{Daemon, Volume, wait_until};
+use support::wait_until;
+use support::zerofs::{self, Daemon, Volume};
 
 const MIB: u64 = 1 << 20;
 const PASSWORD: &str = "correct horse battery";

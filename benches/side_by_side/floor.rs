@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use zerofsctl::error::Kind;
+use zerofsctl::zerofs::config::{self, Aws, ConfigInput, Lsm};
+use zerofsctl::zerofs::versions::Profile;
 use zerofsctl::zerofs::{nbd, ninep, sock};
 
 use crate::support;
+use crate::support::zerofs::version;
 
 /// The export that zerofsctl uses too.
 const EXPORT: &str = "disk";
@@ -57,6 +60,7 @@ impl Times {
 pub struct Floor {
     dir: PathBuf,
     size: u64,
+    profile: Profile,
 }
 
 /// A floor that is attached.
@@ -81,7 +85,9 @@ impl Floor {
     /// A volume in `dir`, which must have a short path; its data goes to `dir/store`.
     pub fn new(dir: &Path, size: u64) -> Floor {
         fs::create_dir_all(dir.join("mnt")).expect("the bench's folder can be written");
-        Floor { dir: dir.into(), size }
+        // Asked here, before any clock runs: by hand one knows the version.
+        let profile = Profile::of(version()).expect("a known version of ZeroFS");
+        Floor { dir: dir.into(), size, profile }
     }
 
     /// The whole attach. Whether the volume is fresh shows by itself: by whether the disk exists.
@@ -128,8 +134,10 @@ impl Floor {
         fs::write(self.dir.join("config.toml"), self.config()).expect("the bench's folder can be written");
         let log = File::create(self.dir.join("zerofs.log")).expect("the bench's folder can be written");
         let child = Command::new(support::zerofs_bin())
-            .args(["run", "-c", "config.toml"])
+            .args(["run", "--config", "config.toml"])
             .current_dir(&self.dir)
+            .env_clear()
+            .env("RUST_LOG", self.profile.rust_log(None))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a file can be cloned"))
             .stderr(log)
@@ -159,18 +167,21 @@ impl Floor {
         }
     }
 
-    /// What zerofsctl would render for the embedded store, with the same sizes.
+    /// The very config that zerofsctl renders for the embedded store.
     fn config(&self) -> String {
-        let dir = self.dir.display();
-        format!(
-            "[cache]\ndir = \"{dir}/cache\"\ndisk_size_gb = 1.0\nmemory_size_gb = 1.0\n\
-             [storage]\nurl = \"file://{dir}/store\"\nencryption_password = \"bench-bench-bench\"\n\
-             [filesystem]\nmax_size_gb = 100\n\
-             [servers.ninep]\nunix_socket = \"9p.sock\"\n\
-             [servers.nbd]\nunix_socket = \"nbd.sock\"\n\
-             [servers.rpc]\nunix_socket = \"rpc.sock\"\n\
-             [lsm]\nl0_max_ssts = 1000000\nflush_interval_secs = 30\nmax_concurrent_compactions = 2\n"
-        )
+        let input = ConfigInput {
+            storage_url: format!("file://{}/store", self.dir.display()),
+            password: "bench-bench-bench".to_owned().into(),
+            cache_dir: self.dir.join("cache"),
+            cache_disk_gb: 1.0,
+            cache_memory_gb: Some(1.0),
+            device_size: self.size,
+            max_size_gb: None,
+            lsm: Lsm::default(),
+            aws: Aws::default(),
+            read_only: false,
+        };
+        config::render(&input, &self.profile).expect("a config").to_string()
     }
 }
 
