@@ -64,9 +64,9 @@ generated: ## Are man/ and completions/ what the program would write?
 	diff -ru man "$$fresh/man" && diff -ru completions "$$fresh/completions" || \
 	{ echo "generated files are out of date: run 'make generate' and commit the result" >&2; exit 1; }
 
-bench: ## attach, memory and throughput beside their floors, in one run: needs root
+bench: ## attach, memory and throughput beside their floors, in one run (ARGS="attach --rounds 3"): needs root
 	@scripts/setup test
-	scripts/bench
+	$(CARGO) bench --locked --bench side_by_side -- $(ARGS)
 
 install: ## The program, its man pages and completions below PREFIX (/usr/local)
 	$(CARGO) build --locked --release --bin zerofsctl

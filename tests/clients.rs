@@ -12,10 +12,10 @@ use zerofsctl::zerofs::nbd::{Client, Extent, Inquiry, handshake};
 use zerofsctl::zerofs::versions::{Profile, Sign};
 use zerofsctl::zerofs::{ninep, sock};
 
-#[path = "support/zerofs.rs"]
-mod zerofs;
+mod support;
 
-use zerofs::{Daemon, Volume, wait_until};
+use support::wait_until;
+use support::zerofs::{self, Daemon, Volume};
 
 const MIB: u64 = 1 << 20;
 const PASSWORD: &str = "correct horse battery";

@@ -167,8 +167,8 @@ fn loops(dir: &Path) -> Vec<(PathBuf, PathBuf)> {
         .collect()
 }
 
-/// Processes other than this one that mention or use `dir`.
-fn processes(dir: &Path) -> Vec<(i32, String)> {
+/// Processes other than this one that mention or use `dir`, and their command lines.
+pub fn processes(dir: &Path) -> Vec<(i32, String)> {
     let own = std::process::id() as i32;
     entries("/proc")
         .into_iter()

@@ -10,6 +10,7 @@ pub mod fio;
 pub mod http;
 pub mod moto;
 pub mod proxy;
+pub mod zerofs;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -1,46 +1,22 @@
 //! The real ZeroFS for tests: found, started in a run folder of its own, waited for, and ended by its own
 //! process id whatever becomes of the test.
 
-#![allow(dead_code, reason = "each test file uses its own part of this")]
-
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use zerofsctl::zerofs::config::{self, Aws, ConfigInput, Lsm, NBD_SOCKET, NINEP_SOCKET};
 use zerofsctl::zerofs::versions::{Profile, Version};
 use zerofsctl::zerofs::{ninep, sock};
 
-/// The ZeroFS program: `ZEROFS_BIN`, else `$ZEROFSCTL_TOOLS/zerofs-0.19.1/bin/zerofs`, where the tools
-/// folder is `~/.cache/zerofsctl/tools` by default. A test that needs it fails without it.
-pub fn binary() -> PathBuf {
-    let tools = || match std::env::var_os("ZEROFSCTL_TOOLS") {
-        Some(tools) => PathBuf::from(tools),
-        None => PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/zerofsctl/tools"),
-    };
-    let path = match std::env::var_os("ZEROFS_BIN") {
-        Some(bin) => PathBuf::from(bin),
-        None => tools().join("zerofs-0.19.1/bin/zerofs"),
-    };
-    assert!(path.is_file(), "this test needs ZeroFS at {}; `make tools` installs it", path.display());
-    path
-}
+use super::{wait_until, zerofs_bin};
 
 /// What `--version` says.
 pub fn version() -> Version {
-    let out = Command::new(binary()).arg("--version").output().expect("zerofs --version");
+    let out = Command::new(zerofs_bin()).arg("--version").output().expect("zerofs --version");
     String::from_utf8(out.stdout).expect("UTF-8").parse().expect("a version")
-}
-
-/// Waits until `done` says so; panics with `what` after `limit`.
-pub fn wait_until(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < limit, "{what}: not within {limit:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// A process that does not outlive the test.
@@ -129,7 +105,7 @@ impl Volume {
         fs::write(&config, text.as_bytes()).expect("config file");
         fs::set_permissions(&config, fs::Permissions::from_mode(0o600)).expect("mode");
         let log = dir.join("zerofs.log");
-        let mut command = Command::new(binary());
+        let mut command = Command::new(zerofs_bin());
         command.args(["run", "--config"]).arg(&config).current_dir(&dir);
         command.env_clear().env("NO_COLOR", "1").env("RUST_LOG", profile.rust_log(None));
         let daemon = Daemon::start(&mut command, &log);
