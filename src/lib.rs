@@ -8,7 +8,9 @@ pub mod quantity;
 pub mod settings;
 pub mod values;
 
+pub mod cli;
 pub mod ops;
+pub mod report;
 pub mod plan;
 pub mod step;
 

@@ -1,0 +1,227 @@
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::context::Purpose;
+use super::{Context, StorageArgs};
+use crate::error::{Error, Result};
+use crate::host::{KeeperOptions, StopOptions};
+use crate::ops::{self, AttachSpec};
+use crate::report::Report;
+use crate::run::Engine;
+use crate::step::Transport;
+use crate::values::{ByteSize, TargetPath};
+
+/// Attach a volume and mount it, or hand out its device; made and formatted if it is new
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  zerofsctl attach vol1 --target /mnt/vol1 --size 10Gi
+  zerofsctl attach vol1 --target /mnt/vol1 --storage-url s3://bucket/csi --config zerofs.yaml
+  zerofsctl attach vol1 --target /dev/disk/vol1 --block
+  zerofsctl attach vol1 --target /mnt/vol1 --dry-run")]
+pub struct AttachArgs {
+    /// The volume's name
+    volume: String,
+    /// The folder to mount it at, or with --block the link to make
+    #[arg(long, value_name = "DIR")]
+    target: PathBuf,
+    /// The size of a new volume, such as 10Gi [default: 1Gi]
+    #[arg(long, value_name = "SIZE")]
+    size: Option<String>,
+    /// The filesystem of a new volume: ext4, xfs or btrfs [default: ext4]
+    #[arg(long, value_name = "TYPE")]
+    fs: Option<String>,
+    /// An option for mount(8); may be repeated
+    #[arg(long, value_name = "OPT")]
+    mount_option: Vec<String>,
+    /// Neither format, nor repair, nor write
+    #[arg(long)]
+    read_only: bool,
+    /// Link the raw block device at the target instead of mounting a filesystem
+    #[arg(long)]
+    block: bool,
+    /// How the block device is made: auto, nbd or fuse
+    #[arg(long, value_name = "KIND", default_value = "auto")]
+    transport: String,
+    /// Where ZeroFS runs: process
+    #[arg(long, value_name = "KIND", default_value = "process")]
+    runtime: String,
+    /// Let I/O fail after waiting that long for a lost server; otherwise it waits for ever
+    #[arg(long, value_name = "TIME")]
+    io_timeout: Option<String>,
+    /// The size of the replay log
+    #[arg(long, value_name = "SIZE", default_value = "256Mi")]
+    replay_log: String,
+    /// Take the volume from a node that is gone for good; what it had not flushed is lost
+    #[arg(long)]
+    take_over: bool,
+    /// Print the plan and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    storage: StorageArgs,
+}
+
+/// Parses `90s`, `2m`, `1h30m`.
+pub(super) fn time(flag: &str, text: &str) -> Result<Duration> {
+    humantime::parse_duration(text).map_err(|_| {
+        Error::usage(format!("{flag}: invalid time {text:?}")).hint("write a number with a unit, such as 90s or 2m")
+    })
+}
+
+/// Options that would make it another kind of mount, or reach outside the target.
+const REFUSED_OPTIONS: [&str; 11] =
+    ["bind", "rbind", "move", "remount", "loop", "offset", "sizelimit", "encryption", "user", "users", "owner"];
+
+fn mount_options(given: &[String]) -> Result<Vec<String>> {
+    let mut options = Vec::new();
+    for option in given.iter().flat_map(|o| o.split(',')) {
+        let name = option.split('=').next().unwrap_or_default();
+        let wrong = |why: &str| {
+            Err(Error::usage(format!("mount option {option:?} {why}"))
+                .hint("see mount(8) and the manual of the filesystem, such as ext4(5)"))
+        };
+        if name.is_empty() {
+            return wrong("is empty");
+        }
+        if option.len() > 200 || !option.chars().all(|c| c.is_ascii_alphanumeric() || "-_.=:@/+".contains(c)) {
+            return wrong("has characters that no mount option has");
+        }
+        if matches!(name, "ro" | "rw") {
+            return wrong("is decided by --read-only");
+        }
+        if REFUSED_OPTIONS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") {
+            return wrong("is not for volumes");
+        }
+        options.push(option.to_owned());
+    }
+    Ok(options)
+}
+
+impl AttachArgs {
+    /// Checks every value. The storage URL comes from the context.
+    pub(super) fn spec(&self, context: &Context, storage_url: String) -> Result<AttachSpec> {
+        let transport: Transport = self.transport.parse()?;
+        if transport == Transport::Nbd {
+            return Err(Error::environment("the nbd transport comes with a later release").hint("use --transport auto or fuse"));
+        }
+        if self.runtime != "process" {
+            return Err(Error::usage(format!("unknown runtime {:?}", self.runtime))
+                .hint("choose process: ZeroFS runs as a process on this node"));
+        }
+        let size = self.size.as_deref().map(str::parse::<ByteSize>).transpose()?;
+        if let Some(size) = size {
+            check_size(size)?;
+        }
+        let fs = self.fs.as_deref().map(str::parse).transpose()?;
+        if self.block && fs.is_some() {
+            return Err(Error::usage("--block and --fs exclude each other")
+                .hint("a raw device has no filesystem of ours: leave --fs out"));
+        }
+        if self.block && !self.mount_option.is_empty() {
+            return Err(Error::usage("--block and --mount-option exclude each other").hint("a raw device is not mounted"));
+        }
+        let least = fs.unwrap_or(crate::values::FsType::Ext4).minimum();
+        if let (Some(size), false) = (size, self.block)
+            && size.bytes() < least
+        {
+            let fs = fs.unwrap_or(crate::values::FsType::Ext4);
+            return Err(Error::usage(format!("{size} is too small for {fs}"))
+                .hint(format!("give at least {}", ByteSize(least))));
+        }
+        let log_size: ByteSize = self.replay_log.parse()?;
+        if !(8 * ByteSize::MIB..=64 * ByteSize::GIB).contains(&log_size.bytes()) {
+            return Err(Error::usage(format!("a replay log of {log_size} is out of range"))
+                .hint("choose between 8Mi and 64Gi; 256Mi suits most volumes"));
+        }
+        let io_timeout = self.io_timeout.as_deref().map(|t| time("--io-timeout", t)).transpose()?;
+        if io_timeout.is_some_and(|t| t < Duration::from_secs(1)) {
+            return Err(Error::usage("--io-timeout is below 1s").hint("leave it out to let I/O wait for ever"));
+        }
+        Ok(AttachSpec {
+            volume: self.volume.parse()?,
+            target: TargetPath::new(&self.target, &context.cwd)?,
+            storage_url,
+            size,
+            fs,
+            mount_options: mount_options(&self.mount_option)?,
+            read_only: self.read_only,
+            block: self.block,
+            transport,
+            take_over: self.take_over,
+            keeper: KeeperOptions { io_timeout, log_size, ..KeeperOptions::default() },
+            stop: StopOptions::default(),
+        })
+    }
+}
+
+/// A volume's size is a whole number of 4 KiB blocks, and not zero.
+pub(super) fn check_size(size: ByteSize) -> Result<()> {
+    if size.bytes() == 0 {
+        return Err(Error::usage("the size is zero").hint("give at least 16Mi"));
+    }
+    if !size.bytes().is_multiple_of(4096) {
+        return Err(Error::usage(format!("{} bytes are not a whole number of 4 KiB blocks", size.bytes()))
+            .hint(format!("give {}", size.bytes().next_multiple_of(4096))));
+    }
+    if size.bytes() > 1 << 50 {
+        return Err(Error::usage(format!("{size} is larger than 1Pi")).hint("give a smaller size"));
+    }
+    Ok(())
+}
+
+pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
+    // Everything that can be wrong in the words themselves, before anything is looked at.
+    let mut spec = args.spec(context, String::new())?;
+    context.require_root()?;
+    let host = context.host(&spec.volume, &args.storage, Purpose::Start).map_err(|e| e.on(&spec.volume))?;
+    spec.storage_url = host.catalog().url().to_string();
+    if args.dry_run {
+        let lines = ops::attach::preview(&host, &spec)?;
+        return Ok(Report::of_preview("attach", &spec.volume, &lines));
+    }
+    require_fuse()?;
+    let dirs = context.dirs()?;
+    let engine = Engine { host: &host, observer: &context.progress };
+    let run = ops::attach::attach(&engine, &dirs.run, &spec)?;
+    let device = run.facts.device.as_ref().map_or_else(String::new, |d| format!("{}, {}", d.path.display(), d.size));
+    let fs = run.facts.fs.filter(|_| !spec.block).map_or_else(|| "raw".to_owned(), |fs| fs.to_string());
+    let mode = if spec.read_only { ", read-only" } else { "" };
+    let already = if run.already() { "already " } else { "" };
+    Ok(Report::of_run("attach", &spec.volume, &run).summary(format!(
+        "{} is {already}attached at {} ({device}, {fs}{mode})",
+        spec.volume, spec.target
+    )))
+}
+
+/// The one kernel feature that the fuse transport cannot do without.
+fn require_fuse() -> Result<()> {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
+        Ok(_) => Ok(()),
+        Err(e) => Err(Error::environment(format!("cannot open /dev/fuse: {e}"))
+            .hint("load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_options_are_split_and_checked() {
+        let given = |o: &[&str]| mount_options(&o.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
+        assert_eq!(given(&["noatime,commit=5", "discard"]).unwrap(), ["noatime", "commit=5", "discard"]);
+        for bad in ["", "a,,b", "ro", "rw", "bind", "remount", "loop", "x-mount.mkdir", "a b", "a;b", "a\nb", "context=\"x\""] {
+            assert!(given(&[bad]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_whole_blocks() {
+        assert!(check_size(ByteSize(ByteSize::GIB)).is_ok());
+        for bad in [0, 1, 4095, 1_000_000_001, (1 << 50) + 4096] {
+            assert!(check_size(ByteSize(bad)).is_err(), "{bad}");
+        }
+    }
+}
