@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
 
@@ -253,6 +253,8 @@ impl Launch<'_> {
         unsafe {
             command.pre_exec(move || {
                 nix::unistd::setsid()?;
+                // A keeper blocks what it waits for on a thread; what it starts must hear its SIGTERM.
+                SigSet::empty().thread_set_mask()?;
                 if let Some(fd) = cgroup {
                     nix::unistd::write(BorrowedFd::borrow_raw(fd), b"0")?;
                 }
