@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use zerofsctl::error::Kind;
 use zerofsctl::zerofs::config::NBD_SOCKET;
-use zerofsctl::zerofs::nbd::{Client, Extent, handshake};
+use zerofsctl::zerofs::nbd::{Client, Extent, Inquiry, handshake};
 use zerofsctl::zerofs::versions::{Profile, Sign};
 use zerofsctl::zerofs::{ninep, sock};
 
@@ -154,6 +154,12 @@ fn a_fenced_server_is_seen_although_it_answers() {
     let mut old = nbd(&first.dir);
     old.write_at(0, &pattern(3, 4096), true).unwrap();
     assert!(ninep::database_open(&first.dir).unwrap());
+    let mut inquiry = Inquiry::start(sock::connect(&first.dir, NBD_SOCKET).unwrap()).unwrap();
+    assert_eq!(inquiry.info("disk").unwrap().size, 4 * MIB);
+    assert_eq!(inquiry.info("other").unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(inquiry.info("disk").unwrap().size, 4 * MIB);
+    let mut talk = ninep::Ninep::open(&first.dir, sock::CONTROL_TIMEOUT).unwrap();
+    assert!(talk.database_open().unwrap());
 
     let second = volume.start("second");
     wait_until("the first server notices", Duration::from_secs(30), || {
@@ -166,7 +172,8 @@ fn a_fenced_server_is_seen_although_it_answers() {
     assert!(old.write_at(0, &[1; 512], false).is_err());
     if profile.zeros_when_closed {
         // Looking up what exists is no proof of life, and the data reads as zeros: hence our probe.
-        let mut talk = ninep::Ninep::open(&first.dir, sock::CONTROL_TIMEOUT).unwrap();
+        assert_eq!(inquiry.info("disk").unwrap_err().kind(), Kind::NotFound);
+        assert!(!talk.database_open().unwrap());
         assert!(talk.walk(".nbd").unwrap().is_some());
         assert_eq!(talk.disk_size("disk").unwrap(), Some(4 * MIB));
         assert_eq!(read(&mut old, 0, 4096), vec![0; 4096]);
