@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
 
@@ -40,9 +40,7 @@ pub struct Identity {
 impl Identity {
     /// The identity of the running process `pid`; none when there is none, or only its zombie.
     pub fn of(pid: i32) -> Option<Identity> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let (state, start) = parse_stat(&stat)?;
-        (!matches!(state, 'Z' | 'X')).then(|| Identity { pid, start, boot: boot_id() })
+        Process::of(pid).ok().flatten().map(|p| p.identity)
     }
 
     /// This process.
@@ -84,12 +82,14 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     Ok(())
 }
 
-/// The state letter and the start time out of the text of `/proc/<pid>/stat`.
-fn parse_stat(stat: &str) -> Option<(char, u64)> {
+/// The start time out of the text of `/proc/<pid>/stat`.
+fn parse_start(stat: &str) -> Option<u64> {
     // The command name may itself hold spaces and parentheses: the last one ends it.
-    let mut fields = stat[stat.rfind(')')? + 1..].split_ascii_whitespace();
-    let state = fields.next()?.chars().next()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
+    stat[stat.rfind(')')? + 1..].split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+fn start_of(pid: i32) -> Option<u64> {
+    parse_start(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// The id of the running boot; empty where the kernel does not say.
@@ -133,13 +133,21 @@ pub struct Process {
 impl Process {
     /// A hold on the process with this identity; none when it has ended.
     pub fn open(identity: &Identity) -> Result<Option<Process>> {
-        let fd = match pidfd_open(identity.pid) {
+        Ok(Process::of(identity.pid)?.filter(|p| p.identity == *identity))
+    }
+
+    /// A hold on whatever runs as `pid` now.
+    fn of(pid: i32) -> Result<Option<Process>> {
+        let fd = match pidfd_open(pid) {
             Ok(fd) => fd,
             Err(Errno::ESRCH | Errno::EINVAL) => return Ok(None),
-            Err(e) => return Err(os_error("open process", identity.pid, e)),
+            Err(e) => return Err(os_error("open process", pid, e)),
         };
-        // Compared after the open: from here on the descriptor cannot change its process.
-        Ok(identity.is_alive().then(|| Process { fd, identity: identity.clone() }))
+        // Read after the open, and only then compared: the descriptor cannot change its process.
+        let Some(start) = start_of(pid) else { return Ok(None) };
+        let process = Process { fd, identity: Identity { pid, start, boot: boot_id() } };
+        // Not the state letter: a main thread may be a zombie while other threads still run.
+        Ok((!process.ended(Duration::ZERO)).then_some(process))
     }
 
     /// Who it is.
@@ -253,6 +261,8 @@ impl Launch<'_> {
         unsafe {
             command.pre_exec(move || {
                 nix::unistd::setsid()?;
+                // A keeper blocks what it waits for on a thread; what it starts must hear its SIGTERM.
+                SigSet::empty().thread_set_mask()?;
                 if let Some(fd) = cgroup {
                     nix::unistd::write(BorrowedFd::borrow_raw(fd), b"0")?;
                 }
@@ -274,8 +284,7 @@ impl Launch<'_> {
         let pid = child.id() as i32;
         // Our own child: even when it has ended already, its zombie keeps the pid until we reap it.
         let fd = pidfd_open(pid).map_err(|e| os_error("open process", pid, e))?;
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let start = parse_stat(&stat).map_or(0, |(_, start)| start);
+        let start = start_of(pid).unwrap_or(0);
         Ok(Process { fd, identity: Identity { pid, start, boot: boot_id() } })
     }
 }
@@ -350,9 +359,9 @@ mod tests {
     #[test]
     fn a_command_name_with_spaces_and_parentheses_does_not_confuse_the_start_time() {
         let stat = "42 (a ) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 9876 11 12";
-        assert_eq!(parse_stat(stat), Some(('S', 9876)));
-        assert_eq!(parse_stat("42 (x"), None);
-        assert_eq!(parse_stat("42 (x) S 1"), None);
+        assert_eq!(parse_start(stat), Some(9876));
+        assert_eq!(parse_start("42 (x"), None);
+        assert_eq!(parse_start("42 (x) S 1"), None);
     }
 
     #[test]

@@ -175,6 +175,8 @@ pub(crate) struct Supervisor {
     /// When the first start began.
     begun: Instant,
     ever_ready: bool,
+    /// The running one has answered.
+    answered: bool,
     /// The data path has been connected once, so it must be connected again after each restart.
     attached: bool,
     raising: VecDeque<Sender<Result<Replayed>>>,
@@ -208,6 +210,7 @@ impl Supervisor {
             wait: Duration::ZERO,
             begun: now,
             ever_ready: false,
+            answered: false,
             attached: false,
             raising: VecDeque::new(),
             raise_attempts: 0,
@@ -320,7 +323,7 @@ impl Supervisor {
         match self.phase {
             Phase::Terminating => {
                 if exit != Exit::Code(0)
-                    && self.ever_ready
+                    && self.answered
                     && let Some(stopping) = &mut self.stopping
                 {
                     stopping.warnings.push(format!(
@@ -348,6 +351,7 @@ impl Supervisor {
     fn answering(&mut self) {
         if let Phase::Starting(since) = self.phase {
             info!("ZeroFS answers after {} ms", since.elapsed().as_millis());
+            self.answered = true;
             self.watch.probe_regularly(true);
             if self.attached || !self.raising.is_empty() { self.raise() } else { self.ready() }
         }
@@ -532,6 +536,7 @@ impl Supervisor {
         let generation = self.generation;
         self.server = Some(process.clone());
         self.phase = Phase::Starting(Instant::now());
+        self.answered = false;
         self.shared.show(|b| b.zerofs = Some(process.identity().clone()));
         let (events, waited) = (self.shared.events.clone(), process.clone());
         thread("zerofs-end", move || {
