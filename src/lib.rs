@@ -4,6 +4,7 @@
 pub mod atomic_file;
 pub mod error;
 pub mod password;
+pub mod quantity;
 pub mod settings;
 pub mod values;
 

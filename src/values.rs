@@ -170,7 +170,7 @@ impl fmt::Display for ByteSize {
             [("Pi", 1 << 50), ("Ti", 1 << 40), ("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10)];
         for (name, unit) in UNITS {
             if self.0 >= unit {
-                let text = if self.0 % unit == 0 {
+                let text = if self.0.is_multiple_of(unit) {
                     format!("{}{name}", self.0 / unit)
                 } else {
                     format!("{:.1}{name}", self.0 as f64 / unit as f64)

@@ -4,11 +4,12 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use zerofsctl::error::Kind;
 use zerofsctl::zerofs::config::NBD_SOCKET;
-use zerofsctl::zerofs::nbd::{Client, Extent, handshake};
+use zerofsctl::zerofs::nbd::{Client, Extent, Inquiry, handshake};
+use zerofsctl::zerofs::versions::{Profile, Sign};
 use zerofsctl::zerofs::{ninep, sock};
 
 mod support;
@@ -153,32 +154,95 @@ fn a_fenced_server_is_seen_although_it_answers() {
     let mut old = nbd(&first.dir);
     old.write_at(0, &pattern(3, 4096), true).unwrap();
     assert!(ninep::database_open(&first.dir).unwrap());
+    let mut inquiry = Inquiry::start(sock::connect(&first.dir, NBD_SOCKET).unwrap()).unwrap();
+    assert_eq!(inquiry.info("disk").unwrap().size, 4 * MIB);
+    assert_eq!(inquiry.info("other").unwrap_err().kind(), Kind::NotFound);
+    assert_eq!(inquiry.info("disk").unwrap().size, 4 * MIB);
+    let mut talk = ninep::Ninep::open(&first.dir, sock::CONTROL_TIMEOUT).unwrap();
+    assert!(talk.database_open().unwrap());
 
     let second = volume.start("second");
     wait_until("the first server notices", Duration::from_secs(30), || {
         !ninep::database_open(&first.dir).expect("it still answers")
     });
-    // Its log says so, and the watchdog would read it there.
-    let profile = zerofsctl::zerofs::versions::Profile::of(zerofs::version()).unwrap();
+    // The watchdog would read it in the log.
+    let profile = Profile::of(zerofs::version()).unwrap();
     let log = first.log_text();
-    let signs: Vec<_> = log.lines().filter_map(|l| profile.sign(l)).collect();
-    assert!(signs.contains(&zerofsctl::zerofs::versions::Sign::Fenced), "{log}");
-    // The cached folder is no proof of life, and the data reads as zeros: this is what the probe is for.
-    let mut talk = ninep::Ninep::open(&first.dir, sock::CONTROL_TIMEOUT).unwrap();
-    println!("walk of .nbd on the fenced server: {:?}", talk.walk(".nbd"));
-    println!("stat of .nbd/disk on the fenced server: {:?}", talk.stat(".nbd/disk"));
-    if profile.zeros_when_closed {
-        assert_eq!(read(&mut old, 0, 4096), vec![0; 4096]);
-    }
-    println!("{log}");
+    assert!(log.lines().any(|l| profile.sign(l) == Some(Sign::Fenced)), "{log}");
     assert!(old.write_at(0, &[1; 512], false).is_err());
-    let e = handshake(&mut sock::connect(&first.dir, NBD_SOCKET).unwrap(), "disk").unwrap_err();
-    println!("handshake: {e}");
+    if profile.zeros_when_closed {
+        // Looking up what exists is no proof of life, and the data reads as zeros: hence our probe.
+        assert_eq!(inquiry.info("disk").unwrap_err().kind(), Kind::NotFound);
+        assert!(!talk.database_open().unwrap());
+        assert!(talk.walk(".nbd").unwrap().is_some());
+        assert_eq!(talk.disk_size("disk").unwrap(), Some(4 * MIB));
+        assert_eq!(read(&mut old, 0, 4096), vec![0; 4096]);
+        let e = handshake(&mut sock::connect(&first.dir, NBD_SOCKET).unwrap(), "disk").unwrap_err();
+        assert_eq!(e.kind(), Kind::NotFound, "a closed database looks like a missing export: {e}");
+    }
 
     assert!(ninep::database_open(&second.dir).unwrap());
     assert!(read(&mut nbd(&second.dir), 0, 4096) == pattern(3, 4096));
     first.kill();
     assert!(second.stop().success());
+}
+
+/// The fault that the log signs are for: a read that the store fails is answered with zeros while the
+/// database is open, and a partial write stores those zeros for good.
+#[test]
+fn store_trouble_shows_in_the_log_seconds_before_a_read_turns_to_zeros() {
+    let volume = Volume::new(PASSWORD);
+    let profile = Profile::of(zerofs::version()).unwrap();
+    let server = volume.start("a");
+    ninep::create_disk(&server.dir, "disk", 4 * MIB).unwrap();
+    let mut c = nbd(&server.dir);
+    // Random, so that it is not compressed into the block that ZeroFS reads when it starts.
+    let mut data = vec![0; MIB as usize];
+    rand::RngCore::fill_bytes(&mut rand::rng(), &mut data);
+    c.write_at(0, &data, true).unwrap();
+    drop(c);
+    assert!(server.stop().success());
+
+    let server = volume.start("b");
+    let (mut reader, mut writer) = (nbd(&server.dir), nbd(&server.dir));
+    let (store, away) = (volume.root().join("store/vol1/compacted"), volume.root().join("away"));
+    std::fs::rename(&store, &away).unwrap();
+    std::fs::remove_dir_all(volume.root().join("cache/b")).unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut buf = vec![1; 4096];
+        (reader.read_at(8192, &mut buf), buf)
+    });
+    let writer = std::thread::spawn(move || {
+        let result = writer.write_at(512 << 10, &[1; 512], false);
+        (result, writer)
+    });
+    wait_until("the log warns", Duration::from_secs(5), || {
+        server.log_text().lines().any(|l| profile.sign(l) == Some(Sign::StoreGivingUp))
+    });
+    let warned = Instant::now();
+    assert!(!reader.is_finished() && !writer.is_finished(), "the warning comes first");
+    let (read_result, buf) = reader.join().unwrap();
+    let (write_result, mut writer) = writer.join().unwrap();
+    assert!(warned.elapsed() > Duration::from_secs(1), "time enough to kill it");
+    assert!(!server.log_text().lines().any(|l| profile.sign(l) == Some(Sign::Closed)), "it is still open");
+    std::fs::create_dir_all(&store).unwrap();
+    for file in std::fs::read_dir(&away).unwrap() {
+        let file = file.unwrap();
+        std::fs::rename(file.path(), store.join(file.file_name())).unwrap();
+    }
+    if profile.has_fault("read-errors-are-zeros") {
+        read_result.unwrap();
+        assert_eq!(buf, vec![0; 4096], "what was random data");
+        write_result.unwrap();
+        writer.flush().unwrap();
+        assert!(server.stop().success());
+        let server = volume.start("c");
+        let mut c = nbd(&server.dir);
+        assert!(read(&mut c, 0, 512 << 10) == data[..512 << 10], "the store itself is unharmed");
+        assert_eq!(read(&mut c, (512 << 10) + 512, 4096), vec![0; 4096], "the neighbours are lost for good");
+    } else {
+        assert!(read_result.is_err() && write_result.is_err());
+    }
 }
 
 #[test]

@@ -159,7 +159,8 @@ impl Catalog for LocalCatalog {
         let entries = match fs::read_dir(&dir) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(DataPrefix::Empty),
-            Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+            // Either the prefix itself is a file, or something above it, which is another matter.
+            Err(e) if e.kind() == io::ErrorKind::NotADirectory && fs::symlink_metadata(&dir).is_ok() => {
                 return Ok(DataPrefix::Foreign(id.to_string()));
             }
             Err(e) => return Err(wrong(&dir, e)),

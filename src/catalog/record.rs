@@ -550,7 +550,8 @@ mod tests {
 
     #[test]
     fn relations() {
-        let cases: [(&str, fn(&mut Owner), Relation); 12] = [
+        type Change = fn(&mut Owner);
+        let cases: [(&str, Change, Relation); 12] = [
             ("the same", |_| {}, Relation::Us),
             ("the same, before a reboot", |o| o.boot_id = "b0".into(), Relation::Us),
             (

@@ -264,7 +264,11 @@ impl S3Catalog {
             }
             // The client repeats a request whose answer was lost; then our own first try may be what stands in
             // the way. The nonce tells. (A damaged record is surely not ours.)
-            let found = self.text(id)?;
+            let found = match self.text(id) {
+                Ok(found) => found,
+                Err(e) if e.kind() == Kind::Refused => return Ok(Written::LostRace),
+                Err(e) => return Err(e),
+            };
             if let Some((bytes, tag)) = &found
                 && let Ok((_, theirs)) = VolumeRecord::decode(id, bytes)
                 && theirs == nonce

@@ -169,6 +169,7 @@ mod tests {
             env: vec![],
             cwd: Path::new("/"),
             output: &null,
+            answer: None,
             cgroup: Some(&group.entrance().unwrap()),
         }
         .start()

@@ -16,8 +16,16 @@ use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
 pub use crate::catalog::Content;
 
+pub mod access;
 pub mod cgroup;
 pub mod fake;
+mod fssize;
+pub mod linux;
+pub mod loopdev;
+pub mod mounts;
+pub mod programs;
+pub mod signature;
+pub mod users;
 
 /// What the catalog gave us with a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]

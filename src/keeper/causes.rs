@@ -106,7 +106,12 @@ const RULES: &[Rule] = &[
         permanent: true,
     },
     Rule {
-        any: &["unexpected argument", "unrecognized subcommand", "error while loading shared libraries", "GLIBC_"],
+        any: &[
+            "unexpected argument",
+            "unrecognized subcommand",
+            "error while loading shared libraries",
+            "GLIBC_",
+        ],
         kind: Kind::Environment,
         says: "the zerofs binary does not run here",
         hint: "check it: zerofsctl zerofs versions; choose another with --zerofs-bin",
@@ -155,14 +160,13 @@ const RULES: &[Rule] = &[
 pub(crate) fn explain(output: &str, ended: &str, secrets: &[String]) -> Cause {
     // The settings that ZeroFS prints at start hold words such as "timeout"; an error never is an INFO line,
     // except that the storage client reports its retries so.
-    let relevant: Vec<&str> = output
-        .lines()
-        .filter(|l| !is_chatter(l) || l.contains("object_store::client::retry"))
-        .collect();
+    let relevant: Vec<&str> =
+        output.lines().filter(|l| !is_chatter(l) || l.contains("object_store::client::retry")).collect();
     let text = relevant.join("\n");
     // What it said when it ended outweighs what went wrong on the way.
     let last = text.rfind("Error: ").map_or("", |at| &text[at..]);
-    let rule = [last, &text].into_iter().find_map(|t| RULES.iter().find(|r| r.any.iter().any(|a| t.contains(a))));
+    let rule =
+        [last, &text].into_iter().find_map(|t| RULES.iter().find(|r| r.any.iter().any(|a| t.contains(a))));
     if let Some(rule) = rule {
         let detail = detail(rule, &text, secrets).map(|d| format!(" ({d})")).unwrap_or_default();
         let error = Error::new(rule.kind, format!("ZeroFS {ended}: {}{detail}", rule.says)).hint(rule.hint);
@@ -180,7 +184,10 @@ pub(crate) fn explain(output: &str, ended: &str, secrets: &[String]) -> Cause {
         Some(line) => format!("ZeroFS {ended}; it said: {}", shorten(&line)),
         None => format!("ZeroFS {ended} and said nothing"),
     };
-    Cause { error: Error::failed(message).hint("read its log, zerofs.log in the volume's log folder"), permanent: false }
+    Cause {
+        error: Error::failed(message).hint("read its log, zerofs.log in the volume's log folder"),
+        permanent: false,
+    }
 }
 
 /// What is worth quoting beside a rule's own words: the endpoint, the path, or the config line's number.
@@ -198,7 +205,8 @@ fn detail(rule: &Rule, text: &str, secrets: &[String]) -> Option<String> {
                 let line = text.lines().rfind(|l| l.trim_start().starts_with("path: \""))?;
                 line.split('"').nth(1).map(|p| p.trim_end_matches(|c: char| c == '#' || c.is_ascii_digit()))
             };
-            field.map(|f| f.trim().split(", expected").next().unwrap_or_default().to_owned())
+            field
+                .map(|f| f.trim().split(", expected").next().unwrap_or_default().to_owned())
                 .or_else(|| path().map(str::to_owned))?
         }
         _ => return None,
@@ -236,7 +244,9 @@ pub(crate) fn secrets_of(config: &Path) -> Vec<String> {
             toml::Value::Array(all) => all.iter().for_each(|v| collect(v, key, into)),
             toml::Value::String(s) => {
                 let key = key.to_ascii_lowercase();
-                if s.len() >= 4 && ["password", "secret", "key", "token", "sas"].iter().any(|w| key.contains(w)) {
+                if s.len() >= 4
+                    && ["password", "secret", "key", "token", "sas"].iter().any(|w| key.contains(w))
+                {
                     into.push(s.clone());
                     // ZeroFS writes a literal `$` as `$$`; its messages hold the plain one.
                     into.push(s.replace("$$", "$"));

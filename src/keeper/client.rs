@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::control::{Answer, Line, MAX_LINE, Progress, Request, SOCKET, Status, StopOptions, Stopped, VERSION};
+use super::control::{
+    Answer, Line, MAX_LINE, Progress, Request, SOCKET, Status, StopOptions, Stopped, VERSION,
+};
 use super::path::Replayed;
 use super::process::{Identity, Process};
 use crate::error::{Error, Kind, Result};

@@ -18,6 +18,7 @@ use super::path::{LogState, Replayed, Stats};
 use super::process::Identity;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::values::VolumeId;
+use crate::zerofs::versions::Version;
 
 /// The name of the socket in the run folder.
 pub const SOCKET: &str = "keeper.sock";
@@ -216,7 +217,7 @@ pub struct Status {
     /// ZeroFS's process, while there is one.
     pub zerofs: Option<Identity>,
     /// The version of ZeroFS, as configured.
-    pub zerofs_version: String,
+    pub zerofs_version: Version,
     /// The state.
     pub state: State,
     /// Why it is so, when it is not plainly well.
@@ -247,6 +248,9 @@ pub struct Status {
 pub(crate) trait Handler: Send + Sync + 'static {
     /// Answers `request`; `progress` sends a line at once, and fails when the client has gone.
     fn handle(&self, request: Request, progress: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<Answer>;
+
+    /// The last line of the answer to `request` has been sent, or the client has gone.
+    fn answered(&self, _request: &Request) {}
 }
 
 /// Makes the socket in `dir`, 0600; a stale one is replaced, so the caller must hold the folder's lock.
@@ -264,7 +268,8 @@ pub(crate) fn bind(dir: &Path) -> Result<UnixListener> {
     // Through the handle, since an address holds 107 bytes only.
     let listener = UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()))
         .doing("listen on", &path)?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).doing("set the mode of", &path)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
+        .doing("set the mode of", &path)?;
     Ok(listener)
 }
 
@@ -312,11 +317,17 @@ fn converse(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
         if read == 0 {
             return Ok(());
         }
-        let answer = match parse(&line) {
-            Ok(request) => handler.handle(request, &mut |answer| send(stream, &answer)),
-            Err(e) => Err(e),
+        let request = match parse(&line) {
+            Ok(request) => request,
+            Err(e) => {
+                send(stream, &Answer::Error((&e).into()))?;
+                continue;
+            }
         };
-        send(stream, &answer.unwrap_or_else(|e| Answer::Error((&e).into())))?;
+        let answer = handler.handle(request.clone(), &mut |answer| send(stream, &answer));
+        let sent = send(stream, &answer.unwrap_or_else(|e| Answer::Error((&e).into())));
+        handler.answered(&request);
+        sent?;
     }
 }
 

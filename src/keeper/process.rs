@@ -171,29 +171,35 @@ impl Process {
         }
     }
 
-    /// Waits up to `limit` for the end and reaps the process if it is our child; none when it still runs.
-    pub fn wait(&self, limit: Duration) -> Option<Exit> {
+    /// Waits up to `limit` for the end; false when it still runs. Leaves the exit status to [`Process::wait`].
+    pub fn ended(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             // Rounded up, so that the last round does not spin.
-            let millis = left.as_millis().saturating_add(u128::from(left.subsec_nanos() % 1_000_000 > 0));
+            let millis =
+                left.as_millis().saturating_add(u128::from(!left.subsec_nanos().is_multiple_of(1_000_000)));
             let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
             let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
             match poll(&mut fds, timeout) {
-                Ok(0) if Instant::now() >= deadline => return None,
-                Ok(0) | Err(_) => continue,
-                Ok(_) => break,
+                Ok(0) if Instant::now() >= deadline => return false,
+                Ok(0) | Err(_) => {}
+                Ok(_) => return true,
             }
         }
-        Some(match waitid(Id::PIDFd(self.fd.as_fd()), WaitPidFlag::WEXITED) {
+    }
+
+    /// Waits up to `limit` for the end and reaps the process if it is our child; none when it still runs. Only the
+    /// first caller learns how it ended.
+    pub fn wait(&self, limit: Duration) -> Option<Exit> {
+        self.ended(limit).then(|| match waitid(Id::PIDFd(self.fd.as_fd()), WaitPidFlag::WEXITED) {
             Ok(WaitStatus::Exited(_, code)) => Exit::Code(code),
             Ok(WaitStatus::Signaled(_, signal, _)) => Exit::Signal(signal as i32),
             _ => Exit::Unknown,
         })
     }
 
-    /// SIGKILL, then waits up to `limit`; none when it is still there (a process in an uninterruptible call).
+    /// SIGKILL, then waits up to `limit`; none when it is still there (in an uninterruptible system call).
     pub fn kill(&self, limit: Duration) -> Result<Option<Exit>> {
         self.signal(Signal::SIGKILL)?;
         Ok(self.wait(limit))
@@ -222,20 +228,25 @@ pub struct Launch<'a> {
     pub env: Vec<(OsString, OsString)>,
     /// The folder that it starts in.
     pub cwd: &'a Path,
-    /// Where standard output and error go; open it for appending.
+    /// Where standard error goes, and standard output too unless `answer` is given; open it for appending.
     pub output: &'a File,
+    /// Where standard output goes instead.
+    pub answer: Option<OwnedFd>,
     /// The `cgroup.procs` file of the control group that it shall start in, open for writing.
     pub cgroup: Option<&'a File>,
 }
 
 impl Launch<'_> {
     /// Starts it.
-    pub fn start(&self) -> Result<Process> {
+    pub fn start(self) -> Result<Process> {
         let output = || self.output.try_clone().map(Stdio::from);
         let mut command = Command::new(self.program);
         command.args(&self.args).env_clear().envs(self.env.iter().map(|(k, v)| (k, v)));
         command.current_dir(self.cwd).stdin(Stdio::null());
-        command.stdout(output().doing("open the log of", self.program)?);
+        command.stdout(match self.answer {
+            Some(answer) => answer.into(),
+            None => output().doing("open the log of", self.program)?,
+        });
         command.stderr(output().doing("open the log of", self.program)?);
         let cgroup = self.cgroup.map(AsRawFd::as_raw_fd);
         // SAFETY: between fork and exec only system calls that are async-signal-safe, and no allocation.
@@ -329,6 +340,7 @@ mod tests {
             env: vec![("ZEROFSCTL_TEST".into(), marker.into())],
             cwd: Path::new("/"),
             output: &null,
+            answer: None,
             cgroup: None,
         }
         .start()
@@ -386,6 +398,7 @@ mod tests {
             env: vec![],
             cwd: Path::new("/"),
             output: &null,
+            answer: None,
             cgroup: None,
         };
         let e = launch.start().unwrap_err();

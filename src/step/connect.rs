@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Act, device_name};
 use crate::error::{Error, Kind, Result};
-use crate::host::{Host, KeeperView, Observe};
+use crate::host::{Host, KeeperView, Observe, users};
 use crate::plan::{Device, Direction, Facts};
 use crate::values::VolumeId;
 
@@ -133,10 +133,9 @@ impl Act for Connect {
             }
             let users = host.device_users(&device.path)?;
             if !users.is_empty() {
-                let list: Vec<_> = users.iter().take(5).map(|u| format!("{} ({})", u.name, u.pid)).collect();
                 return Err(Error::new(
                     Kind::Busy,
-                    format!("{} is still in use by {}", device.path.display(), list.join(", ")),
+                    format!("{} is still in use by {}", device.path.display(), users::list(&users)),
                 )
                 .hint(format!(
                     "see who: fuser -vm {}; end them, then run the same command again",

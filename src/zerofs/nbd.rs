@@ -22,6 +22,7 @@ const CHUNK_MAGIC: u32 = 0x668e_33ef;
 const HANDSHAKE_FIXED_NEWSTYLE: u16 = 1;
 const HANDSHAKE_NO_ZEROES: u16 = 2;
 
+const OPT_INFO: u32 = 6;
 const OPT_GO: u32 = 7;
 const OPT_STRUCTURED_REPLY: u32 = 8;
 const OPT_SET_META_CONTEXT: u32 = 10;
@@ -313,7 +314,42 @@ fn get<const N: usize>(s: &mut impl Read, what: &str) -> Result<[u8; N]> {
 /// [`Kind::Unreachable`]; a server that talks something else is [`Kind::Failed`].
 pub fn handshake<S: Read + Write>(s: &mut S, export: &str) -> Result<Export> {
     greet(s)?;
-    go(s, export)
+    describe(s, OPT_GO, export)
+}
+
+/// A connection that stays in the handshake and only asks about exports, as often as wanted.
+///
+/// ZeroFS answers from its database, not from its caches, and needs nothing from the store for an export in
+/// use. So this is the cheapest way to learn that the database is still open: [`Inquiry::info`] succeeds. A
+/// closed database looks like a missing export; [`super::ninep::database_open`] can tell the two apart.
+#[derive(Debug)]
+pub struct Inquiry<S> {
+    stream: S,
+    in_step: bool,
+}
+
+impl<S: Read + Write> Inquiry<S> {
+    /// Greets the server on a fresh connection.
+    pub fn start(mut stream: S) -> Result<Self> {
+        greet(&mut stream)?;
+        Ok(Inquiry { stream, in_step: true })
+    }
+
+    /// Describes `export`; one that the server does not know is [`Kind::NotFound`], and the connection stays
+    /// usable. After any other error it is not.
+    pub fn info(&mut self, export: &str) -> Result<Export> {
+        if !self.in_step {
+            return Err(
+                Error::new(Kind::Unreachable, "the NBD connection failed before").hint("connect again")
+            );
+        }
+        let answer = describe(&mut self.stream, OPT_INFO, export);
+        self.in_step = match &answer {
+            Ok(_) => true,
+            Err(e) => e.kind() == Kind::NotFound,
+        };
+        answer
+    }
 }
 
 const OPENING: &str = "open the export";
@@ -403,17 +439,18 @@ fn check_name(export: &str) -> Result<()> {
     Ok(())
 }
 
-fn go<S: Read + Write>(s: &mut S, export: &str) -> Result<Export> {
+/// What `option` ([`OPT_GO`] or [`OPT_INFO`]) says about `export`.
+fn describe<S: Read + Write>(s: &mut S, option: u32, export: &str) -> Result<Export> {
     check_name(export)?;
     let mut data = counted(export);
     data.extend(1u16.to_be_bytes());
     data.extend(INFO_BLOCK_SIZE.to_be_bytes());
-    send_option(s, OPT_GO, &data)?;
+    send_option(s, option, &data)?;
 
     let mut described = None;
     let mut blocks = (1, 4096, MAX_PAYLOAD);
     for _ in 0..MAX_OPTION_REPLIES {
-        let (kind, data) = option_reply(s, OPT_GO)?;
+        let (kind, data) = option_reply(s, option)?;
         match kind {
             REP_ACK => {
                 let (size, flags) =
@@ -505,7 +542,7 @@ impl<S: Read + Write> Client<S> {
             (kind, _) => return Err(violation(format!("option reply type {kind}"))),
         };
         let allocation = if structured { allocation_context(&mut stream, export)? } else { None };
-        let export = go(&mut stream, export)?;
+        let export = describe(&mut stream, OPT_GO, export)?;
         Ok(Client { stream, export, structured, allocation, cookie: 0, in_step: true })
     }
 
@@ -1098,6 +1135,23 @@ mod tests {
         assert!(f.has_flush() && f.has_fua() && f.has_trim() && f.has_write_zeroes());
         assert!(f.can_multi_conn() && f.has_cache() && f.has_fast_zero() && !f.is_read_only());
         assert_eq!(TransmissionFlags::new(0x0dec).bits(), 0, "without the has-flags bit nothing counts");
+    }
+
+    #[test]
+    fn an_inquiry_goes_on_after_an_unknown_export() {
+        let known = |size: u64| {
+            let mut data = vec![0, 0];
+            data.extend(size.to_be_bytes());
+            data.extend([0, 1]);
+            [option(OPT_INFO, REP_INFO, &data), option(OPT_INFO, REP_ACK, &[])].concat()
+        };
+        let answers = [hello(), known(4096), option(OPT_INFO, REP_ERROR + 6, &[]), known(8192)].concat();
+        let mut i = Inquiry::start(Script::new(answers)).unwrap();
+        assert_eq!(i.info("disk").unwrap().size, 4096);
+        assert_eq!(i.info("other").unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(i.info("disk").unwrap().size, 8192);
+        assert_eq!(i.info("disk").unwrap_err().kind(), Kind::Unreachable);
+        assert!(i.info("disk").unwrap_err().message().contains("before"));
     }
 
     #[test]

@@ -456,8 +456,7 @@ impl<S: Read + Write> Ninep<S> {
             me.call(Message::new(TLOPEN, 0).u32(fid).u32(libc::O_RDONLY as u32))?;
             let mut entries = Vec::new();
             let mut offset = 0;
-            // Each round must yield something, so the entry limit also bounds the rounds.
-            loop {
+            for _ in 0..MAX_ENTRIES {
                 let answer = me.call(Message::new(TREADDIR, 0).u32(fid).u64(offset).u32(room))?;
                 let mut body = Body(&answer);
                 let count = body.u32()? as usize;
@@ -475,9 +474,10 @@ impl<S: Read + Write> Ninep<S> {
                     }
                 }
                 if offset == start || entries.len() > MAX_ENTRIES {
-                    return Err(violation("a folder without end"));
+                    break;
                 }
             }
+            Err(violation("a folder without end"))
         })
         .map_err(|e| e.explain("list", path))
     }

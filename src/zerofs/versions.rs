@@ -375,7 +375,7 @@ const SIGNS: &[(&str, Sign)] = &[
 ];
 
 /// Log targets whose lines we need, at least at level info, whatever the user wants to see.
-const LOG_TARGETS: &str = "zerofs=info,slatedb=info,object_store=info";
+const LOG_TARGETS: [&str; 3] = ["zerofs", "slatedb", "object_store"];
 
 /// How ZeroFS stops (the same for every version that was measured).
 pub const STOP: &str = "SIGTERM flushes and exits 0: within 0.1 s when clean, 12 s with 300 MB unwritten; \
@@ -499,13 +499,25 @@ impl Profile {
         Some(if gave_up_half.unwrap_or(false) { Sign::StoreGivingUp } else { Sign::StoreTrouble })
     }
 
-    /// The value for RUST_LOG: what the user asked for, and the targets that the watchdog cannot do without.
+    /// The value for RUST_LOG: what the user asked for, with the targets that the watchdog cannot do without
+    /// raised to info where the user's filter would hide them.
     pub fn rust_log(&self, wanted: Option<&str>) -> String {
-        match wanted.map(str::trim).filter(|w| !w.is_empty()) {
-            // Later and longer targets win, so a user's "debug" stays in force for everything else.
-            Some(wanted) if wanted != "info" => format!("{wanted},{LOG_TARGETS}"),
-            _ => "info".to_owned(),
-        }
+        let wanted = wanted.map_or("", str::trim);
+        let mut out = if wanted.is_empty() { "info".to_owned() } else { wanted.to_owned() };
+        let enough =
+            |level: &str| ["info", "debug", "trace"].iter().any(|l| level.trim().eq_ignore_ascii_case(l));
+        let directives: Vec<&str> = out.split(',').map(str::trim).collect();
+        let general = directives.iter().rev().find(|d| !d.contains(['=', ':']));
+        let missing: Vec<String> = LOG_TARGETS
+            .iter()
+            .filter(|target| {
+                let own = directives.iter().rev().find_map(|d| d.strip_prefix(**target)?.strip_prefix('='));
+                !own.or(general.copied()).is_some_and(enough)
+            })
+            .map(|target| format!(",{target}=info"))
+            .collect();
+        out.push_str(&missing.concat());
+        out
     }
 }
 
@@ -692,8 +704,16 @@ mod tests {
     #[test]
     fn the_watchdog_sees_its_lines_whatever_the_user_wants() {
         let p = profile("0.19.1");
-        assert_eq!(p.rust_log(None), "info");
-        assert_eq!(p.rust_log(Some(" ")), "info");
-        assert_eq!(p.rust_log(Some("warn")), "warn,zerofs=info,slatedb=info,object_store=info");
+        for (wanted, got) in [
+            (None, "info"),
+            (Some(" "), "info"),
+            (Some("debug"), "debug"),
+            (Some("warn"), "warn,zerofs=info,slatedb=info,object_store=info"),
+            (Some("warn,zerofs=debug"), "warn,zerofs=debug,slatedb=info,object_store=info"),
+            (Some("zerofs=trace"), "zerofs=trace,slatedb=info,object_store=info"),
+            (Some("info,slatedb=off"), "info,slatedb=off,slatedb=info"),
+        ] {
+            assert_eq!(p.rust_log(wanted), got, "{wanted:?}");
+        }
     }
 }

@@ -1,0 +1,1065 @@
+//! The real host, for one volume: catalog, keeper, loop device, filesystem tools, mounts.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::mount::MntFlags;
+use zeroize::Zeroizing;
+
+use super::programs::Program;
+use super::{
+    ClaimRequest, Claimed, Content, DeviceView, Host, KeeperOptions, KeeperView, MountEntry, Observe,
+    Signature, StopOptions, TargetView, User, access, loopdev, mounts, signature, users,
+};
+use crate::catalog::{
+    Catalog, ClaimOptions, ClaimedAs, DataPrefix, Family, Owner, Relation, Release, StorageUrl, Tag,
+    VolumeRecord, Written,
+};
+use crate::error::{Doing, Error, Kind, Result};
+use crate::journal::{private_folder, volume_folder};
+use crate::keeper::client::KeeperClient;
+use crate::keeper::control::{self, State, Status};
+use crate::keeper::log::{self, ReplayLog};
+use crate::keeper::path::LogState;
+use crate::keeper::process::boot_id;
+use crate::keeper::{self, KeeperConfig};
+use crate::password::{PasswordCheck, Secret};
+use crate::plan::{CheckResult, Device};
+use crate::settings::{S3Settings, Settings};
+use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
+use crate::zerofs::config::{self, ConfigInput};
+use crate::zerofs::ninep;
+use crate::zerofs::versions::{Format, Profile, Version, compatible};
+
+/// The NBD export of every volume, as existing installations have it.
+pub const EXPORT: &str = "disk";
+
+/// The default size of a new volume.
+const DEFAULT_SIZE: ByteSize = ByteSize(ByteSize::GIB);
+
+/// How long the quick programs may take.
+const QUICK: Duration = Duration::from_secs(120);
+
+/// How long ZeroFS may take until it answers.
+const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// The two roots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dirs {
+    /// Configs, caches, logs, the embedded store: `/var/lib/zerofsctl`.
+    pub state: PathBuf,
+    /// Journals, locks, sockets: `/run/zerofsctl`.
+    pub run: PathBuf,
+}
+
+impl Dirs {
+    /// The volume's folder below the state root: config, access, cache.
+    pub fn volume_state(&self, volume: &VolumeId) -> PathBuf {
+        self.state.join("volumes").join(volume.as_str())
+    }
+
+    /// The volume's folder below the run root: journal, sockets, replay log, FUSE mount.
+    pub fn volume_run(&self, volume: &VolumeId) -> PathBuf {
+        volume_folder(&self.run, volume)
+    }
+
+    /// The volume's logs, which stay after a detach.
+    pub fn volume_logs(&self, volume: &VolumeId) -> PathBuf {
+        self.state.join("logs").join(volume.as_str())
+    }
+
+    /// The store that volumes live in when no storage URL is given.
+    pub fn embedded_store(&self) -> Result<StorageUrl> {
+        StorageUrl::from_dir(&self.state.join("store"))
+    }
+
+    /// The FUSE mount of a volume, and the file in it.
+    pub fn fuse(&self, volume: &VolumeId) -> (PathBuf, PathBuf) {
+        let folder = self.volume_run(volume).join("fuse");
+        let file = folder.join("disk");
+        (folder, file)
+    }
+
+    fn config(&self, volume: &VolumeId) -> PathBuf {
+        self.volume_state(volume).join("config.toml")
+    }
+}
+
+/// Where a volume's data is and how to reach it.
+#[derive(Debug, Clone)]
+pub struct Storage {
+    /// The store.
+    pub url: StorageUrl,
+    /// Access to it.
+    pub s3: S3Settings,
+}
+
+/// Told how a long operation proceeds: what, done, of how much.
+pub type Progress = Box<dyn Fn(&str, u64, Option<u64>)>;
+
+/// See the module.
+pub struct LinuxHost {
+    dirs: Dirs,
+    storage: Storage,
+    settings: Settings,
+    password: Option<Secret>,
+    zerofs: PathBuf,
+    program: PathBuf,
+    owner: Owner,
+    catalog: Box<dyn Catalog>,
+    /// The record as we last read or wrote it.
+    known: RefCell<Option<(VolumeRecord, Tag)>>,
+    version: RefCell<Option<Version>>,
+    /// Whether the password was checked against the record.
+    checked: RefCell<bool>,
+    progress: Progress,
+}
+
+/// What a [`LinuxHost`] is made of.
+pub struct Parts {
+    /// The roots.
+    pub dirs: Dirs,
+    /// Where the volume's data is.
+    pub storage: Storage,
+    /// The operator's settings.
+    pub settings: Settings,
+    /// The encryption password, if it is known; starting a volume needs it.
+    pub password: Option<Secret>,
+    /// The zerofs program, or an error when a start needs it.
+    pub zerofs: PathBuf,
+    /// The zerofsctl program, for the keeper: `/proc/self/exe` but in tests.
+    pub program: PathBuf,
+    /// The name of this node.
+    pub node: String,
+    /// For long operations.
+    pub progress: Progress,
+}
+
+impl LinuxHost {
+    /// Puts the parts together. Nothing is looked at yet but this machine's identity.
+    pub fn new(parts: Parts) -> Result<LinuxHost> {
+        let Parts { dirs, storage, settings, password, zerofs, program, node, progress } = parts;
+        let owner = owner(&dirs, node)?;
+        let catalog = crate::catalog::open(&storage.url, &storage.s3)?;
+        Ok(LinuxHost {
+            dirs,
+            storage,
+            settings,
+            password,
+            zerofs,
+            program,
+            owner,
+            catalog,
+            known: RefCell::new(None),
+            version: RefCell::new(None),
+            checked: RefCell::new(false),
+            progress,
+        })
+    }
+
+    /// How a volume that we hold was reached when it was attached; none when we hold no such volume.
+    pub fn saved_storage(dirs: &Dirs, volume: &VolumeId) -> Result<Option<Storage>> {
+        Ok(access::load(&dirs.volume_state(volume))?.map(|(url, s3)| Storage { url, s3 }))
+    }
+
+    /// The store's records.
+    pub fn catalog(&self) -> &dyn Catalog {
+        &*self.catalog
+    }
+
+    /// The version of the zerofs program, asked once.
+    pub fn zerofs_version(&self) -> Result<Version> {
+        if let Some(version) = *self.version.borrow() {
+            return Ok(version);
+        }
+        let version = version_of(&self.zerofs)?;
+        *self.version.borrow_mut() = Some(version);
+        Ok(version)
+    }
+
+    fn client(&self, volume: &VolumeId) -> Result<KeeperClient> {
+        KeeperClient::connect(&self.dirs.volume_run(volume))
+    }
+
+    /// The status of the keeper; none when there is no keeper.
+    pub fn status(&self, volume: &VolumeId) -> Result<Option<Status>> {
+        match self.client(volume) {
+            Ok(mut client) => client.status().map(Some),
+            Err(e) if e.kind() == Kind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn fetch(&self, volume: &VolumeId) -> Result<Option<(VolumeRecord, Tag)>> {
+        let found = self.catalog.get(volume)?;
+        self.known.borrow_mut().clone_from(&found);
+        Ok(found)
+    }
+
+    fn known_or_fetch(&self, volume: &VolumeId) -> Result<Option<(VolumeRecord, Tag)>> {
+        let known = self.known.borrow().clone();
+        match known {
+            Some((record, tag)) if record.id == *volume => Ok(Some((record, tag))),
+            _ => self.fetch(volume),
+        }
+    }
+
+    /// Changes the record of a volume that is ours.
+    fn change_record(
+        &self,
+        volume: &VolumeId,
+        change: impl Fn(&VolumeRecord) -> Result<VolumeRecord>,
+    ) -> Result<()> {
+        for attempt in 0..8 {
+            let current = if attempt == 0 { self.known_or_fetch(volume)? } else { self.fetch(volume)? };
+            let (record, tag) = current.ok_or_else(|| {
+                Error::refused("its catalog record has disappeared")
+                    .hint("nothing was changed; look for another tool that deletes from the bucket")
+            })?;
+            if !record.owner.as_ref().is_some_and(|o| o.relation(&self.owner) == Relation::Us) {
+                return Err(Error::refused("the volume is no longer ours in the catalog")
+                    .hint(format!("take it down here: zerofsctl detach {volume}")));
+            }
+            let wanted = change(&record)?;
+            if wanted == record {
+                return Ok(());
+            }
+            if let Written::Done(tag) = self.catalog.update(&wanted, &tag)? {
+                *self.known.borrow_mut() = Some((wanted, tag));
+                return Ok(());
+            }
+        }
+        Err(Error::new(Kind::Busy, "its catalog record keeps changing under us").hint("try again"))
+    }
+
+    fn claimed(&self, record: &VolumeRecord, how: ClaimedAs) -> Claimed {
+        let mut notes = Vec::new();
+        if record.adopted && record.content == Content::Unknown {
+            notes.push("made by an older driver and adopted: it is never formatted".to_owned());
+        }
+        match how {
+            ClaimedAs::BeforeReboot => {
+                notes.push("it was attached here before a reboot; what was not flushed then is gone".into());
+            }
+            ClaimedAs::TakenOver => {
+                notes.push("taken over from another node, whose server is fenced off now".into())
+            }
+            ClaimedAs::Abandoned => {
+                notes.push("taken from another state folder on this node that no longer runs it".into())
+            }
+            ClaimedAs::Free | ClaimedAs::Already => {}
+        }
+        // A record of an adopted volume starts without a size.
+        let capacity = Some(record.capacity).filter(|c| c.bytes() > 0);
+        Claimed { epoch: record.epoch, capacity, fs: record.filesystem, content: record.content, notes }
+    }
+
+    /// Refuses a wrong password before ZeroFS is started with it: trying it there fences a running server.
+    fn check_password(&self, record: &VolumeRecord) -> Result<()> {
+        let (Some(check), Some(password)) = (&record.password_check, &self.password) else { return Ok(()) };
+        if !*self.checked.borrow() {
+            check.require(password)?;
+            *self.checked.borrow_mut() = true;
+        }
+        Ok(())
+    }
+
+    fn check_version(&self, record: &VolumeRecord) -> Result<()> {
+        match record.zerofs_version.as_deref().map(str::parse::<Version>) {
+            Some(Ok(written_by)) => compatible(written_by, self.zerofs_version()?),
+            Some(Err(_)) => {
+                Err(Error::refused("its catalog record names a ZeroFS version that we cannot read")
+                    .hint("attach it with the version of zerofsctl that wrote it"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// A record for a volume that has none: new, or made by an older driver.
+    fn first_record(&self, volume: &VolumeId, request: &ClaimRequest) -> Result<VolumeRecord> {
+        let profile = Profile::of(self.zerofs_version()?)?;
+        let now = jiff::Timestamp::now();
+        let mut record = match self.catalog.data_prefix(volume)? {
+            DataPrefix::Empty if request.must_exist => {
+                return Err(Error::new(
+                    Kind::NotFound,
+                    format!("there is no such volume in {}", self.storage.url),
+                )
+                .hint(format!("see what there is: zerofsctl list --storage-url {}", self.storage.url)));
+            }
+            DataPrefix::Empty | DataPrefix::ZeroFs(Family::Unstarted) => {
+                let fs = if request.block { None } else { Some(request.fs.unwrap_or(FsType::Ext4)) };
+                VolumeRecord::new(volume.clone(), request.size.unwrap_or(DEFAULT_SIZE), fs, now)
+            }
+            DataPrefix::ZeroFs(family) => {
+                let ours = if profile.format == Format::Unknown { None } else { Some(family_of(&profile)) };
+                if ours.is_some_and(|f| f != family) {
+                    return Err(Error::refused(format!(
+                        "ZeroFS {} cannot open it: another family of ZeroFS versions wrote it",
+                        profile.version
+                    ))
+                    .hint("use the ZeroFS version that wrote it: --zerofs-bin PATH; see: zerofsctl zerofs versions"));
+                }
+                VolumeRecord::adopted(volume.clone(), ByteSize(0), now)
+            }
+            DataPrefix::Foreign(name) => {
+                return Err(Error::refused(format!(
+                    "under {} there is something that is not a ZeroFS volume: {name}",
+                    self.storage.url.volume_url(volume)
+                ))
+                .hint("choose another volume name, or another storage URL"));
+            }
+        };
+        // An adopted volume's password is proven by its first start, not before.
+        if let (false, Some(password)) = (record.adopted, &self.password) {
+            record.password_check = Some(PasswordCheck::new(password)?);
+            *self.checked.borrow_mut() = true;
+        }
+        Ok(record)
+    }
+
+    fn claim_options(&self, record: &VolumeRecord, request: &ClaimRequest) -> Result<ClaimOptions> {
+        let mut ask = ClaimOptions {
+            take_over: request.take_over,
+            zerofs_version: Some(self.zerofs_version()?.to_string()),
+            ..ClaimOptions::default()
+        };
+        if record.content != Content::Never && record.capacity.bytes() > 0 {
+            ask.capacity = request.size;
+        }
+        ask.filesystem = request.fs;
+        if let Some(owner) = &record.owner
+            && owner.relation(&self.owner) == Relation::OtherRoot
+        {
+            let theirs = volume_folder(&owner.run_dir, &record.id);
+            ask.other_alive = match KeeperClient::connect(&theirs).and_then(|mut c| c.ping()) {
+                Ok(_) => true,
+                Err(e) if e.kind() == Kind::NotFound => !keeper::find_zerofs(&theirs).is_empty(),
+                // A keeper that does not answer is no proof that it is gone.
+                Err(_) => true,
+            };
+            ask.other_log_left = theirs.join(log::FILE_NAME).exists();
+        }
+        Ok(ask)
+    }
+
+    fn render(&self, volume: &VolumeId, capacity: Option<ByteSize>) -> Result<Zeroizing<String>> {
+        let profile = Profile::of(self.zerofs_version()?)?;
+        let password = self.password.as_ref().ok_or_else(|| {
+            Error::usage("no encryption password was given").hint(
+                "set ZEROFS_ENCRYPTION_PASSWORD_FILE to a file that holds it, or name its Secret with --config and --secret",
+            )
+        })?;
+        let s = &self.settings;
+        let own_cache = self.dirs.volume_state(volume).join("cache");
+        let cache_dir = s.cache.dir.as_ref().map_or(own_cache, |dir| dir.join(format!("zerofs-{volume}")));
+        let secret = |s: &Secret| Zeroizing::new(s.expose().to_owned());
+        let credentials = self.storage.s3.credentials.as_ref();
+        let input = ConfigInput {
+            storage_url: self.storage.url.volume_url(volume),
+            password: secret(password),
+            cache_dir,
+            cache_disk_gb: s.cache.disk_gb.unwrap_or(1.0),
+            cache_memory_gb: s.cache.memory_gb.or(Some(0.064)),
+            device_size: capacity.unwrap_or(DEFAULT_SIZE).bytes(),
+            max_size_gb: s.filesystem_max_size_gb,
+            lsm: config::Lsm {
+                l0_max_ssts: s.lsm.l0_max_ssts,
+                max_unflushed_gb: s.lsm.max_unflushed_gb,
+                max_concurrent_compactions: s.lsm.max_concurrent_compactions,
+                flush_interval_secs: s.lsm.flush_interval_secs,
+            },
+            aws: if self.storage.url.is_s3() {
+                config::Aws {
+                    endpoint: self.storage.s3.endpoint.clone(),
+                    region: self.storage.s3.region.clone(),
+                    allow_http: self.storage.s3.allow_http,
+                    access_key_id: credentials.map(|c| c.access_key_id.expose().to_owned()),
+                    secret_access_key: credentials.map(|c| secret(&c.secret_access_key)),
+                    session_token: credentials.and_then(|c| c.session_token.as_ref()).map(secret),
+                }
+            } else {
+                config::Aws::default()
+            },
+            read_only: false,
+        };
+        config::render(&input, &profile)
+    }
+
+    fn keeper_config(&self, volume: &VolumeId, epoch: u64, options: &KeeperOptions) -> Result<KeeperConfig> {
+        let resources = &self.settings.resources;
+        let limits = super::cgroup::Limits {
+            cpu_millis: resources.cpu_limit.as_ref().map(|q| u32::try_from(q.millis()).unwrap_or(u32::MAX)),
+            memory_bytes: resources.memory_limit.as_ref().map(|q| q.units()),
+        };
+        Ok(KeeperConfig {
+            format: KeeperConfig::FORMAT,
+            volume: volume.clone(),
+            run_dir: self.dirs.volume_run(volume),
+            log_dir: self.dirs.volume_logs(volume),
+            zerofs_bin: self.zerofs.clone(),
+            zerofs_version: self.zerofs_version()?,
+            config_path: self.dirs.config(volume),
+            rust_log: self.settings.rust_log.clone(),
+            export: EXPORT.into(),
+            connections: options.connections,
+            log_bytes: options.log_size.bytes(),
+            io_timeout_ms: options.io_timeout.map(|t| t.as_millis() as u64),
+            epoch,
+            limits,
+            limits_required: false,
+            boot_id: boot_id(),
+            start_limit_seconds: START_LIMIT.as_secs(),
+            stop_grace_seconds: 120,
+            replay_log: std::env::var_os("ZEROFSCTL_TEST_NO_REPLAY_LOG").is_none() || !cfg!(debug_assertions),
+        })
+    }
+
+    /// The entries in a log that no keeper has open.
+    fn left_behind(&self, volume: &VolumeId) -> Result<u64> {
+        let folder = self.dirs.volume_run(volume);
+        if !folder.join(log::FILE_NAME).exists() {
+            return Ok(0);
+        }
+        let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
+        Ok(match ReplayLog::open(&folder, &who, log::MIN_CAPACITY)? {
+            log::Opened::Log(log) => log.live(),
+            // Of another boot or volume: it can only be thrown away, which the replay step tells loudly.
+            log::Opened::Foreign { .. } => 0,
+        })
+    }
+
+    /// Removes what a stopped keeper leaves in the run folder; each by its name, nothing else.
+    fn clean_run_folder(&self, volume: &VolumeId) -> Result<()> {
+        let folder = self.dirs.volume_run(volume);
+        let (fuse, _) = self.dirs.fuse(volume);
+        remove(std::fs::remove_dir(&fuse), &fuse)?;
+        let log_is_empty = self.left_behind(volume)? == 0;
+        let mut names = vec![keeper::CONFIG, keeper::PID_FILE, "keeper.lock", control::SOCKET, "zerofs.pid"];
+        names.extend([config::NINEP_SOCKET, config::NBD_SOCKET, config::RPC_SOCKET]);
+        if log_is_empty {
+            names.push(log::FILE_NAME);
+        }
+        for name in names {
+            let path = folder.join(name);
+            remove(std::fs::remove_file(&path), &path)?;
+        }
+        Ok(())
+    }
+}
+
+/// Absent is as good as removed.
+fn remove(result: std::io::Result<()>, path: &Path) -> Result<()> {
+    match result {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).doing("remove", path),
+        _ => Ok(()),
+    }
+}
+
+fn family_of(profile: &Profile) -> Family {
+    if profile.version < (Version { major: 2, minor: 0, patch: 0 }) { Family::Old } else { Family::New }
+}
+
+/// Asks the zerofs program for its version.
+pub fn version_of(program: &Path) -> Result<Version> {
+    let output = std::process::Command::new(program)
+        .arg("--version")
+        .stdin(std::process::Stdio::null())
+        .output()
+        .map_err(|e| {
+            Error::environment(format!("cannot run {}: {e}", program.display()))
+                .hint("install ZeroFS, or say where it is with --zerofs-bin or ZEROFS_BIN")
+        })?;
+    String::from_utf8_lossy(&output.stdout).trim().parse().map_err(|_| {
+        Error::environment(format!("{} --version does not tell a ZeroFS version", program.display()))
+            .hint("say where the zerofs program is with --zerofs-bin or ZEROFS_BIN")
+    })
+}
+
+/// Who we are in the catalog: one state root on one machine.
+fn owner(dirs: &Dirs, node: String) -> Result<Owner> {
+    let path = dirs.state.join("instance");
+    let instance = match std::fs::read_to_string(&path) {
+        Ok(text) if text.trim().len() == 32 => text.trim().to_owned(),
+        Ok(_) => {
+            return Err(Error::refused(format!("{} is damaged", path.display()))
+                .hint("without it we cannot tell our volumes from others': restore it from a backup"));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => make_instance(dirs, &path)?,
+        Err(e) => return Err(e).doing("read", &path),
+    };
+    let read = |path: &str| std::fs::read_to_string(path).map(|t| t.trim().to_owned()).unwrap_or_default();
+    Ok(Owner {
+        node,
+        machine_id: read("/etc/machine-id"),
+        boot_id: boot_id(),
+        instance,
+        state_dir: dirs.state.clone(),
+        run_dir: dirs.run.clone(),
+        since: jiff::Timestamp::now(),
+    })
+}
+
+fn make_instance(dirs: &Dirs, path: &Path) -> Result<String> {
+    private_folder(&dirs.state)?;
+    let id = format!("{:032x}", rand::random::<u128>());
+    let mut new = tempfile::NamedTempFile::new_in(&dirs.state).doing("make a file in", &dirs.state)?;
+    std::io::Write::write_all(&mut new, id.as_bytes()).doing("write", path)?;
+    new.as_file().sync_all().doing("sync", path)?;
+    match new.persist_noclobber(path) {
+        Ok(_) => Ok(id),
+        // Another command was quicker: its id is the one.
+        Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => {
+            std::fs::read_to_string(path).map(|t| t.trim().to_owned()).doing("read", path)
+        }
+        Err(e) => Err(e.error).doing("write", path),
+    }
+}
+
+impl Observe for LinuxHost {
+    fn claim(&self, volume: &VolumeId) -> Result<Option<Claimed>> {
+        let Some((record, _)) = self.fetch(volume)? else { return Ok(None) };
+        match &record.owner {
+            Some(owner) if owner.relation(&self.owner) == Relation::Us => {
+                self.check_password(&record)?;
+                Ok(Some(self.claimed(&record, ClaimedAs::Already)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn config_present(&self, volume: &VolumeId) -> Result<bool> {
+        let path = self.dirs.config(volume);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => Zeroizing::new(text),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(e) => return Err(e).doing("read", &path),
+        };
+        // Under a running ZeroFS the config stays as it was started with; and without a password at hand, the
+        // one on disk is the best there is.
+        if self.password.is_none() || !matches!(self.keeper(volume)?, KeeperView::Dead { orphan: false, .. })
+        {
+            return Ok(true);
+        }
+        let capacity = self.known.borrow().as_ref().map(|(r, _)| r.capacity).filter(|c| c.bytes() > 0);
+        Ok(*self.render(volume, capacity)? == *text)
+    }
+
+    fn config_absent(&self, volume: &VolumeId) -> Result<bool> {
+        let folder = self.dirs.volume_state(volume);
+        Ok(!self.dirs.config(volume).exists() && !folder.join("cache").exists())
+    }
+
+    fn keeper(&self, volume: &VolumeId) -> Result<KeeperView> {
+        let Some(status) = self.status(volume)? else {
+            let orphan = !keeper::find_zerofs(&self.dirs.volume_run(volume)).is_empty();
+            return Ok(KeeperView::Dead { orphan, left_behind: self.left_behind(volume)? });
+        };
+        let left_behind = match status.log {
+            LogState::LeftBehind { entries, .. } if !status.data_path => entries,
+            LogState::Foreign { .. } => 1,
+            _ => 0,
+        };
+        Ok(KeeperView::Alive {
+            usable: matches!(status.state, State::Starting | State::Ready | State::Stalled),
+            state: status.state.name().into(),
+            reason: status.reason,
+            left_behind,
+        })
+    }
+
+    fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>> {
+        Ok(ninep::disk_size(&self.dirs.volume_run(volume), EXPORT)?.map(ByteSize))
+    }
+
+    fn device(&self, volume: &VolumeId) -> Result<DeviceView> {
+        let (folder, file) = self.dirs.fuse(volume);
+        let fuse = mounts::at(&mounts::table("self")?, &folder).is_some();
+        Ok(DeviceView { fuse, device: loopdev::find(&file)? })
+    }
+
+    fn signature(&self, device: &Path) -> Result<Signature> {
+        signature::probe(device)
+    }
+
+    fn mounts_of(&self, device: &Path) -> Result<Vec<MountEntry>> {
+        Ok(mounts::table("self")?.into_iter().filter(|m| Path::new(&m.source) == device).collect())
+    }
+
+    fn target(&self, target: &TargetPath) -> Result<TargetView> {
+        let path = target.as_path();
+        if let Some(entry) = mounts::at(&mounts::table("self")?, path) {
+            return Ok(TargetView::MountPoint(entry));
+        }
+        let meta = match std::fs::symlink_metadata(path) {
+            Ok(meta) => meta,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(TargetView::Missing),
+            Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => {
+                return Err(Error::usage(format!("a parent of the target {target} is not a folder"))
+                    .hint("choose another target"));
+            }
+            Err(e) => return Err(e).doing("look at the target", path),
+        };
+        if meta.is_symlink() {
+            return Ok(TargetView::Other { link: std::fs::read_link(path).ok() });
+        }
+        if !meta.is_dir() {
+            return Ok(TargetView::Other { link: None });
+        }
+        let mut entries = std::fs::read_dir(path).doing("read the target", path)?;
+        Ok(if entries.next().is_none() { TargetView::EmptyFolder } else { TargetView::FullFolder })
+    }
+
+    fn device_users(&self, device: &Path) -> Result<Vec<User>> {
+        users::of_device(device)
+    }
+
+    fn filesystem_fills_device(&self, device: &Device, fs: FsType, target: &Path) -> Result<bool> {
+        super::fssize::fills(device, fs, target)
+    }
+}
+
+impl Host for LinuxHost {
+    fn take_claim(&self, volume: &VolumeId, request: &ClaimRequest) -> Result<Claimed> {
+        // First of all: without it, nobody could ever release what we claim.
+        let folder = self.dirs.volume_state(volume);
+        private_folder(&folder)?;
+        access::save(&folder, &self.storage.url, &self.storage.s3)?;
+        for _ in 0..8 {
+            let Some((mut record, tag)) = self.fetch(volume)? else {
+                let first = self.first_record(volume, request)?;
+                match self.catalog.create(&first)? {
+                    Written::Done(tag) => *self.known.borrow_mut() = Some((first, tag)),
+                    Written::LostRace => continue,
+                }
+                continue;
+            };
+            self.check_version(&record)?;
+            self.check_password(&record)?;
+            if record.content == Content::Never {
+                // Nothing was ever written to it, so its size and filesystem are whatever is asked for last.
+                record.capacity = request.size.unwrap_or(record.capacity);
+                record.filesystem = request.fs.or(record.filesystem).filter(|_| !request.block);
+            }
+            let ask = self.claim_options(&record, request)?;
+            let claim = record.claim(&self.owner, &ask)?;
+            if self.known.borrow().as_ref().is_some_and(|(known, _)| *known == claim.record) {
+                return Ok(self.claimed(&claim.record, claim.how));
+            }
+            if let Written::Done(tag) = self.catalog.update(&claim.record, &tag)? {
+                let claimed = self.claimed(&claim.record, claim.how);
+                *self.known.borrow_mut() = Some((claim.record, tag));
+                return Ok(claimed);
+            }
+        }
+        Err(Error::new(Kind::Busy, "its catalog record keeps changing under us").hint("try again"))
+    }
+
+    fn release_claim(&self, volume: &VolumeId) -> Result<()> {
+        for attempt in 0.. {
+            let Some((record, tag)) = self.fetch(volume)? else { break };
+            match record.release(&self.owner) {
+                Release::Done(record) => match self.catalog.update(&record, &tag)? {
+                    Written::Done(_) => break,
+                    Written::LostRace if attempt > 8 => {
+                        return Err(Error::new(Kind::Busy, "its catalog record keeps changing under us")
+                            .hint("try again"));
+                    }
+                    Written::LostRace => {}
+                },
+                Release::Already => break,
+                Release::Lost(owner) => {
+                    tracing::warn!(%volume, "it belongs to {owner} by now; nothing to release");
+                    break;
+                }
+            }
+        }
+        *self.known.borrow_mut() = None;
+        let folder = self.dirs.volume_state(volume);
+        access::remove(&folder)?;
+        remove(std::fs::remove_dir(&folder), &folder)
+    }
+
+    fn record_content(&self, volume: &VolumeId, content: Content, fs: Option<FsType>) -> Result<()> {
+        self.change_record(volume, |record| {
+            let fs = fs.or(record.filesystem).unwrap_or(FsType::Ext4);
+            match content {
+                Content::Formatting => record.begin_format(fs),
+                Content::Formatted => record.formatted(fs),
+                Content::Raw => Ok(record.handed_out_raw()),
+                Content::Never | Content::Unknown => Ok(record.clone()),
+            }
+        })
+    }
+
+    fn record_capacity(&self, volume: &VolumeId, capacity: ByteSize) -> Result<()> {
+        self.change_record(volume, |record| record.grown_to(capacity))
+    }
+
+    fn write_config(&self, volume: &VolumeId, capacity: Option<ByteSize>) -> Result<()> {
+        let text = self.render(volume, capacity)?;
+        let folder = self.dirs.volume_state(volume);
+        private_folder(&folder)?;
+        private_folder(&folder.join("cache"))?;
+        let path = self.dirs.config(volume);
+        crate::atomic_file::replace(&path, &folder.join(".config.toml.new"), text.as_bytes())
+            .doing("write", &path)
+    }
+
+    fn remove_config(&self, volume: &VolumeId) -> Result<()> {
+        let folder = self.dirs.volume_state(volume);
+        for name in ["config.toml", ".config.toml.new", ".access.json.new"] {
+            let path = folder.join(name);
+            remove(std::fs::remove_file(&path), &path)?;
+        }
+        let mut caches = vec![folder.join("cache")];
+        caches.extend(self.settings.cache.dir.as_ref().map(|dir| dir.join(format!("zerofs-{volume}"))));
+        for cache in caches {
+            remove(std::fs::remove_dir_all(&cache), &cache)?;
+        }
+        Ok(())
+    }
+
+    fn start_keeper(&self, volume: &VolumeId, epoch: u64, options: &KeeperOptions) -> Result<()> {
+        let config = self.keeper_config(volume, epoch, options)?;
+        keeper::spawn(&self.program, &config, Duration::from_secs(20))?;
+        self.client(volume)?.wait_ready(START_LIMIT).map(drop)
+    }
+
+    fn stop_keeper(&self, volume: &VolumeId, options: &StopOptions) -> Result<()> {
+        if let KeeperView::Dead { orphan, left_behind } = self.keeper(volume)? {
+            if !orphan && left_behind == 0 {
+                return self.clean_run_folder(volume);
+            }
+            // Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
+            let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
+            self.start_keeper(volume, epoch, &KeeperOptions::default())?;
+            self.replay(volume)?;
+        }
+        let mut client = self.client(volume)?;
+        let wanted = control::StopOptions {
+            timeout_seconds: options.timeout.as_secs_f64(),
+            force: options.force,
+            even_if_mounted: false,
+        };
+        let stopped = client.stop(wanted, &mut |p| {
+            (self.progress)(&p.stage, p.elapsed_seconds as u64, Some(options.timeout.as_secs()));
+        })?;
+        for warning in &stopped.warnings {
+            tracing::warn!(%volume, "{warning}");
+        }
+        self.clean_run_folder(volume)
+    }
+
+    fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
+        ninep::create_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+    }
+
+    fn remove_disk(&self, volume: &VolumeId) -> Result<()> {
+        ninep::unlink_disk(&self.dirs.volume_run(volume), EXPORT).map(drop)
+    }
+
+    fn grow_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
+        ninep::grow_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+    }
+
+    fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)> {
+        let mut client = self.client(volume)?.within(Duration::from_secs(600));
+        let status = client.status()?;
+        // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
+        // anybody else in between there would be one more.
+        let void = match &status.log {
+            LogState::Foreign { why } => Some(why.clone()),
+            LogState::LeftBehind { epoch, entries, .. }
+                if *epoch + 1 < status.epoch || *epoch > status.epoch =>
+            {
+                Some(format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})"))
+            }
+            _ => None,
+        };
+        if let Some(why) = void {
+            client.discard_log()?;
+            client.replay()?;
+            return Ok((
+                0,
+                Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")),
+            ));
+        }
+        Ok((client.replay()?.entries, None))
+    }
+
+    fn connect(&self, volume: &VolumeId, read_only: bool) -> Result<Device> {
+        let (folder, file) = self.dirs.fuse(volume);
+        let mut client = self.client(volume)?.within(Duration::from_secs(600));
+        if mounts::at(&mounts::table("self")?, &folder).is_none() {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).doing("make", &folder)?;
+            client.mount()?;
+        }
+        match loopdev::find(&file)? {
+            Some(device) => Ok(device),
+            None => loopdev::attach(&file, read_only),
+        }
+    }
+
+    fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
+        let (folder, file) = self.dirs.fuse(volume);
+        if !dead {
+            self.client(volume)?.within(Duration::from_secs(600)).flush()?;
+        }
+        if let Some(device) = loopdev::find(&file)? {
+            loopdev::detach(&device.path, &file, dead)?;
+        }
+        if mounts::at(&mounts::table("self")?, &folder).is_some() {
+            if dead {
+                nix::mount::umount2(&folder, MntFlags::MNT_DETACH).doing("unmount", &folder)?;
+            } else {
+                // The kernel lets go of the file a moment after the loop device is gone.
+                let begun = Instant::now();
+                loop {
+                    match self.client(volume)?.within(Duration::from_secs(60)).unmount() {
+                        Err(e) if e.kind() == Kind::Busy && begun.elapsed() < Duration::from_secs(5) => {
+                            std::thread::sleep(Duration::from_millis(5));
+                        }
+                        other => break other?,
+                    }
+                }
+            }
+        }
+        remove(std::fs::remove_dir(&folder), &folder)
+    }
+
+    fn grow_device(&self, volume: &VolumeId) -> Result<Device> {
+        let (_, file) = self.dirs.fuse(volume);
+        self.client(volume)?.within(Duration::from_secs(60)).resize()?;
+        let missing =
+            || Error::refused("it has no block device").hint(format!("run: zerofsctl recover {volume}"));
+        let device = loopdev::find(&file)?.ok_or_else(missing)?;
+        loopdev::grow(&device.path, &file)?;
+        loopdev::find(&file)?.ok_or_else(missing)
+    }
+
+    fn format(&self, device: &Device, fs: FsType, _: &VolumeId) -> Result<()> {
+        // The device is proven blank, so there is nothing to discard first. What a cut-short mkfs left is
+        // overwritten: that is what the force flags are for.
+        let (program, args): (_, &[&str]) = match fs {
+            FsType::Ext4 => (Program::MkfsExt4, &["-q", "-F", "-E", "nodiscard"]),
+            FsType::Xfs => (Program::MkfsXfs, &["-q", "-f", "-K"]),
+            FsType::Btrfs => (Program::MkfsBtrfs, &["-q", "-f", "-K"]),
+        };
+        let mut args: Vec<&OsStr> = args.iter().map(OsStr::new).collect();
+        args.push(device.path.as_os_str());
+        program.run(&args, None)?.success()?;
+        let file = OpenOptions::new().read(true).open(&device.path).doing("open", &device.path)?;
+        file.sync_all().doing("sync", &device.path)
+    }
+
+    fn preen(&self, device: &Device, fs: FsType) -> Result<Option<String>> {
+        if fs != FsType::Ext4 {
+            return Ok(None);
+        }
+        let output = Program::E2fsck.run(&[OsStr::new("-p"), device.path.as_os_str()], None)?;
+        match output.code {
+            Some(0) => Ok(None),
+            Some(1) => Ok(Some("it was not cleanly unmounted; small faults were repaired".into())),
+            _ => Err(Error::refused(output.failure().message())
+                .hint("check it, then repair it: zerofsctl fsck VOLUME --repair")),
+        }
+    }
+
+    fn check(&self, device: &Device, fs: FsType, repair: bool) -> Result<CheckResult> {
+        let path = device.path.as_os_str();
+        let (program, args): (_, &[&str]) = match (fs, repair) {
+            (FsType::Ext4, false) => (Program::E2fsck, &["-fn"]),
+            (FsType::Ext4, true) => (Program::E2fsck, &["-fy"]),
+            (FsType::Xfs, false) => (Program::XfsRepair, &["-n"]),
+            (FsType::Xfs, true) => (Program::XfsRepair, &[]),
+            (FsType::Btrfs, false) => (Program::Btrfs, &["check", "--readonly"]),
+            (FsType::Btrfs, true) => (Program::Btrfs, &["check", "--repair", "--force"]),
+        };
+        let mut args: Vec<&OsStr> = args.iter().map(OsStr::new).collect();
+        args.push(path);
+        let output = program.run(&args, None)?;
+        // e2fsck: 1 and 2 say that everything was repaired. The others say 0 or not.
+        let (clean, repaired) = match (fs, output.code) {
+            (_, Some(0)) => (true, false),
+            (FsType::Ext4, Some(1 | 2)) if repair => (true, true),
+            (FsType::Ext4, Some(4 | 5)) => (false, false),
+            (FsType::Xfs | FsType::Btrfs, Some(1)) => (false, false),
+            _ => return Err(output.failure()),
+        };
+        let mut text = output.stdout;
+        text.push_str(&output.stderr);
+        const KEPT: usize = 8 * 1024;
+        if text.len() > KEPT {
+            let cut = (0..=KEPT).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
+            text.truncate(cut);
+            text.push_str("\n…");
+        }
+        Ok(CheckResult { clean, repaired, output: text })
+    }
+
+    fn read_data(&self, device: &Device, slice: Slice) -> Result<Vec<(u64, u64)>> {
+        let (start, end) = slice.range(device.size.bytes());
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+            .open(&device.path)
+            .doing("open", &device.path)?;
+        read_range(&file, start, end, &|at| (self.progress)("read", at - start, Some(end - start)))
+    }
+
+    fn mount(
+        &self,
+        device: &Device,
+        fs: FsType,
+        target: &TargetPath,
+        options: &[String],
+        read_only: bool,
+    ) -> Result<()> {
+        let mut all = vec![if read_only { "ro" } else { "rw" }.to_owned()];
+        all.extend(options.iter().cloned());
+        let all = all.join(",");
+        let args = [
+            OsStr::new("-t"),
+            OsStr::new(fs.name()),
+            OsStr::new("-o"),
+            OsStr::new(&all),
+            OsStr::new("--"),
+            device.path.as_os_str(),
+            target.as_path().as_os_str(),
+        ];
+        let output = Program::Mount.run(&args, Some(QUICK))?;
+        if output.code == Some(0) {
+            return Ok(());
+        }
+        let failure = output.failure();
+        let hint = if options.is_empty() {
+            "look at what the kernel said: dmesg | tail".to_owned()
+        } else {
+            format!("check the options ({all}); the kernel says why: dmesg | tail")
+        };
+        Err(match failure.message() {
+            m if m.contains("write-protected") || m.contains("cannot mount") && read_only => failure.hint(
+                "its journal must be replayed first: attach it once without --read-only, or add --mount-option noload (ext4) or norecovery (xfs)",
+            ),
+            _ => failure.hint(hint),
+        })
+    }
+
+    fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
+        match nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(()),
+            Err(nix::errno::Errno::EBUSY) if dead => {
+                nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+                    .doing("unmount", target)
+            }
+            Err(nix::errno::Errno::EBUSY) => {
+                let users = users::of_mount(target);
+                let by =
+                    if users.is_empty() { String::new() } else { format!(" by {}", users::list(&users)) };
+                Err(Error::new(Kind::Busy, format!("{} is in use{by}", target.display())).hint(format!(
+                    "see who: fuser -vm {}; end them, then run the same command again",
+                    target.display()
+                )))
+            }
+            Err(e) => Err(e).doing("unmount", target),
+        }
+    }
+
+    fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()> {
+        let target = target.as_os_str();
+        match fs {
+            FsType::Ext4 => Program::Resize2fs.run(&[device.path.as_os_str()], None)?,
+            FsType::Xfs => Program::XfsGrowfs.run(&[target], None)?,
+            FsType::Btrfs => {
+                let args = ["filesystem", "resize", "max"].map(OsStr::new);
+                Program::Btrfs.run(&[args.as_slice(), &[target]].concat(), None)?
+            }
+        }
+        .success()
+        .map(drop)
+    }
+
+    fn make_folder(&self, target: &TargetPath) -> Result<()> {
+        let path = target.as_path();
+        match std::fs::create_dir(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let parent = path.parent().unwrap_or(path).display();
+                Err(Error::usage(format!(
+                    "the folder {parent}, in which the target shall be, does not exist"
+                ))
+                .hint(format!("make it: mkdir -p {parent}")))
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            other => other.doing("make the target", path),
+        }
+    }
+
+    fn remove_folder(&self, target: &TargetPath) -> Result<()> {
+        match std::fs::remove_dir(target.as_path()) {
+            // Somebody put something there, or uses it: then it is no longer ours alone.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTEMPTY | libc::EBUSY | libc::EEXIST)) => {
+                Ok(())
+            }
+            other => remove(other, target.as_path()),
+        }
+    }
+
+    fn link(&self, device: &Device, target: &TargetPath) -> Result<()> {
+        match std::os::unix::fs::symlink(&device.path, target.as_path()) {
+            Err(e)
+                if e.kind() == std::io::ErrorKind::AlreadyExists
+                    && std::fs::read_link(target.as_path()).is_ok_and(|to| to == device.path) =>
+            {
+                Ok(())
+            }
+            other => other.doing("make the link", target.as_path()),
+        }
+    }
+
+    fn unlink(&self, target: &TargetPath) -> Result<()> {
+        remove(std::fs::remove_file(target.as_path()), target.as_path())
+    }
+}
+
+/// Reads [start, end) and returns what cannot be read, in blocks of 4 KiB, adjacent ones joined.
+fn read_range(file: &std::fs::File, start: u64, end: u64, progress: &dyn Fn(u64)) -> Result<Vec<(u64, u64)>> {
+    use std::os::unix::fs::FileExt;
+    const BLOCK: u64 = 4096;
+    let mut buffer = signature::Aligned::new(ByteSize::MIB as usize);
+    let mut bad: Vec<(u64, u64)> = Vec::new();
+    let mut at = start;
+    let mut step = ByteSize::MIB;
+    while at < end {
+        let length = step.min(end - at);
+        match file.read_at(&mut buffer.slice()[..length as usize], at) {
+            Ok(0) => return Err(Error::failed(format!("the device ends at {at}, before {end}"))),
+            Ok(n) => {
+                at += n as u64;
+                if at.is_multiple_of(ByteSize::MIB) {
+                    step = ByteSize::MIB;
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            // Once more in small pieces, to say exactly which.
+            Err(_) if length > BLOCK => step = BLOCK,
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EIO | libc::ENODATA | libc::EREMOTEIO)) => {
+                match bad.last_mut() {
+                    Some((from, length_before)) if *from + *length_before == at => *length_before += length,
+                    _ => bad.push((at, length)),
+                }
+                at += length;
+                if at.is_multiple_of(ByteSize::MIB) {
+                    step = ByteSize::MIB;
+                }
+            }
+            Err(e) => return Err(Error::failed(format!("cannot read at {at}: {e}"))),
+        }
+        progress(at);
+    }
+    Ok(bad)
+}

@@ -1,0 +1,172 @@
+//! Loop devices with direct I/O on the FUSE file. A device is ours if, and only if, its backing file is the file
+//! in our run folder, as the kernel tells in sysfs.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use linux_raw_sys::loop_device as sys;
+
+use crate::error::{Doing, Error, Kind, Result};
+use crate::plan::Device;
+use crate::values::ByteSize;
+
+/// The loop device whose backing file is `file`, if there is one.
+pub fn find(file: &Path) -> Result<Option<Device>> {
+    let entries = std::fs::read_dir("/sys/block").doing("read", "/sys/block")?;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|n| n.starts_with("loop")) else { continue };
+        // Free devices have no such file.
+        let Ok(backing) = std::fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
+        let backing = backing.trim_end_matches('\n');
+        if Path::new(backing) == file
+            || backing.strip_suffix(" (deleted)").is_some_and(|b| Path::new(b) == file)
+        {
+            return device(name).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// What sysfs says of `loop3`.
+fn device(name: &str) -> Result<Device> {
+    let read = |what: &str| -> Result<u64> {
+        let path = format!("/sys/block/{name}/{what}");
+        let text = std::fs::read_to_string(&path).doing("read", &path)?;
+        text.trim().parse().map_err(|_| Error::failed(format!("{path} holds {text:?}")))
+    };
+    // sysfs counts in sectors of 512 bytes, whatever the device's own block size is.
+    Ok(Device {
+        path: Path::new("/dev").join(name),
+        read_only: read("ro")? == 1,
+        size: ByteSize(read("size")? * 512),
+    })
+}
+
+/// Puts a loop device on `file`.
+pub fn attach(file: &Path, read_only: bool) -> Result<Device> {
+    let backing = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+        .open(file)
+        .doing("open", file)?;
+    let control = "/dev/loop-control";
+    let control_file = OpenOptions::new().read(true).write(true).open(control).map_err(|e| {
+        Error::environment(format!("cannot open {control}: {e}"))
+            .hint("load the module: modprobe loop; in a container, mount the host's /dev")
+    })?;
+    let begun = Instant::now();
+    loop {
+        // SAFETY: this ioctl takes no argument and returns a number.
+        let index = unsafe { libc::ioctl(control_file.as_raw_fd(), u64::from(sys::LOOP_CTL_GET_FREE)) };
+        if index < 0 {
+            return Err(std::io::Error::last_os_error()).doing("get a free device from", control);
+        }
+        let path = PathBuf::from(format!("/dev/loop{index}"));
+        match configure(&path, &backing, read_only) {
+            Ok(()) => return device(&format!("loop{index}")),
+            // Somebody else was quicker, or the node of a new device is not there yet.
+            Err(e) if retry(&e) && begun.elapsed() < Duration::from_secs(5) => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(e) => return Err(e).doing("configure", &path),
+        }
+    }
+}
+
+fn retry(e: &std::io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EBUSY | libc::ENOENT | libc::ENXIO | libc::EAGAIN))
+}
+
+fn configure(path: &Path, backing: &File, read_only: bool) -> std::io::Result<()> {
+    let device = OpenOptions::new().read(true).write(!read_only).open(path)?;
+    // SAFETY: plain integers and arrays, for which zeros are valid.
+    let mut config: sys::loop_config = unsafe { std::mem::zeroed() };
+    config.fd = backing.as_raw_fd() as u32;
+    // 512 as everywhere else a volume may be attached: XFS refuses a device with larger sectors than its own.
+    config.block_size = 512;
+    config.info.lo_flags =
+        sys::LO_FLAGS_DIRECT_IO as u32 | if read_only { sys::LO_FLAGS_READ_ONLY as u32 } else { 0 };
+    // SAFETY: the pointer is to a loop_config that lives during the call.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), u64::from(sys::LOOP_CONFIGURE), &raw const config) };
+    if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets the device learn the file's new size.
+pub fn grow(device: &Path, file: &Path) -> Result<()> {
+    // The kernel's idea of the size of a FUSE file is as old as the last stat.
+    std::fs::metadata(file).doing("stat", file)?;
+    let opened = OpenOptions::new().read(true).open(device).doing("open", device)?;
+    // SAFETY: this ioctl takes no argument.
+    let done = unsafe { libc::ioctl(opened.as_raw_fd(), u64::from(sys::LOOP_SET_CAPACITY)) };
+    if done < 0 {
+        return Err(std::io::Error::last_os_error()).doing("grow", device);
+    }
+    Ok(())
+}
+
+/// Takes the device off `file`, and waits until the kernel has let go. With `dead`, a device that a lazily
+/// detached filesystem still holds is left to go by itself when the last holder does.
+pub fn detach(device: &Path, file: &Path, dead: bool) -> Result<()> {
+    let fd = {
+        let opened = OpenOptions::new().read(true).open(device).doing("open", device)?;
+        // SAFETY: this ioctl takes no argument.
+        let done = unsafe { libc::ioctl(opened.as_raw_fd(), u64::from(sys::LOOP_CLR_FD)) };
+        if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        // The device goes when the last opener closes it: that is us, here.
+    };
+    match fd {
+        Err(e) if e.raw_os_error() != Some(libc::ENXIO) => return Err(e).doing("detach", device),
+        _ => {}
+    }
+    let begun = Instant::now();
+    let limit = Duration::from_secs(if dead { 2 } else { 30 });
+    while find(file)?.is_some_and(|d| d.path == device) {
+        if begun.elapsed() > limit {
+            if dead {
+                return Ok(());
+            }
+            return Err(Error::new(Kind::Busy, format!("{} is still held by somebody", device.display()))
+                .hint(format!("see who: fuser -vm {}", device.display())));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Opens the device exclusively: it fails while anything has it mounted, in whatever mount namespace, or
+/// builds another device on it.
+pub fn open_exclusively(device: &Path) -> nix::Result<OwnedFd> {
+    let flags = nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_EXCL | nix::fcntl::OFlag::O_CLOEXEC;
+    nix::fcntl::open(device, flags, nix::sys::stat::Mode::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_a_file_becomes_a_device_and_goes_again() {
+        assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("disk with space");
+        File::create(&file).unwrap().set_len(8 << 20).unwrap();
+        assert_eq!(find(&file).unwrap(), None);
+        let device = attach(&file, false).unwrap();
+        assert_eq!(device.size, ByteSize(8 << 20));
+        assert_eq!(find(&file).unwrap(), Some(device.clone()));
+        OpenOptions::new().write(true).open(&file).unwrap().set_len(16 << 20).unwrap();
+        grow(&device.path, &file).unwrap();
+        assert_eq!(find(&file).unwrap().unwrap().size, ByteSize(16 << 20));
+        assert!(open_exclusively(&device.path).is_ok());
+        detach(&device.path, &file, false).unwrap();
+        assert_eq!(find(&file).unwrap(), None);
+        let device = attach(&file, true).unwrap();
+        assert!(device.read_only);
+        detach(&device.path, &file, false).unwrap();
+    }
+}

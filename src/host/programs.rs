@@ -1,0 +1,202 @@
+//! Every external program that zerofsctl runs: looked up once, run with a time limit, without a shell, and with
+//! an error that names the package when it is missing. No secret is ever among the arguments.
+
+use std::ffi::OsStr;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Kind, Result};
+
+/// The programs, with the Debian package that has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each is the program of that name")]
+pub enum Program {
+    Blkid,
+    Mount,
+    MkfsExt4,
+    MkfsXfs,
+    MkfsBtrfs,
+    E2fsck,
+    XfsRepair,
+    Btrfs,
+    Resize2fs,
+    XfsGrowfs,
+}
+
+impl Program {
+    /// The file name, and the Debian package.
+    pub const fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Program::Blkid => ("blkid", "util-linux"),
+            Program::Mount => ("mount", "mount"),
+            Program::MkfsExt4 => ("mkfs.ext4", "e2fsprogs"),
+            Program::MkfsXfs => ("mkfs.xfs", "xfsprogs"),
+            Program::MkfsBtrfs => ("mkfs.btrfs", "btrfs-progs"),
+            Program::E2fsck => ("e2fsck", "e2fsprogs"),
+            Program::XfsRepair => ("xfs_repair", "xfsprogs"),
+            Program::Btrfs => ("btrfs", "btrfs-progs"),
+            Program::Resize2fs => ("resize2fs", "e2fsprogs"),
+            Program::XfsGrowfs => ("xfs_growfs", "xfsprogs"),
+        }
+    }
+
+    /// Where it is.
+    ///
+    /// # Errors
+    /// [`Kind::Environment`] that names the package.
+    pub fn find(self) -> Result<PathBuf> {
+        let (name, package) = self.names();
+        // Without a login shell, PATH often lacks the sbin folders that these live in.
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let extra = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
+        std::env::split_paths(&path)
+            .chain(extra)
+            .map(|dir| dir.join(name))
+            .find(|p| is_program(p))
+            .ok_or_else(|| {
+                Error::environment(format!("the program {name} is not installed"))
+                    .hint(format!("install it: apt-get install {package}"))
+            })
+    }
+
+    /// Runs it to its end and collects what it says, bounded. No limit means that it may take as long as it
+    /// takes: a check of a large filesystem must not be cut short.
+    pub fn run<S: AsRef<OsStr>>(self, args: &[S], limit: Option<Duration>) -> Result<Output> {
+        let program = self.find()?;
+        let name = self.names().0;
+        let begun = Instant::now();
+        let mut child = Command::new(&program)
+            .args(args)
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|e| Error::environment(format!("cannot start {}: {e}", program.display())))?;
+        // Both pipes are emptied while it runs, or it would block on a full one.
+        let stdout = collect(child.stdout.take());
+        let stderr = collect(child.stderr.take());
+        let status = loop {
+            match child.try_wait() {
+                Ok(Some(status)) => break status,
+                Ok(None) if limit.is_some_and(|l| begun.elapsed() > l) => {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                    return Err(Error::new(
+                        Kind::Interrupted,
+                        format!("{name} did not end within {} s and was killed", begun.elapsed().as_secs()),
+                    )
+                    .hint("look at the device: dmesg | tail"));
+                }
+                // Quick programs are the rule: the pause grows with their age.
+                Ok(None) => std::thread::sleep(
+                    (begun.elapsed() / 20).clamp(Duration::from_micros(200), Duration::from_millis(50)),
+                ),
+                Err(e) => return Err(Error::failed(format!("cannot wait for {name}: {e}"))),
+            }
+        };
+        let text = |thread: Option<std::thread::JoinHandle<String>>| {
+            thread.and_then(|t| t.join().ok()).unwrap_or_default()
+        };
+        Ok(Output {
+            name,
+            code: status.code(),
+            signal: status.signal(),
+            stdout: text(stdout),
+            stderr: text(stderr),
+        })
+    }
+}
+
+/// The most that is kept of what a program says.
+const KEPT: u64 = 256 * 1024;
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> Option<std::thread::JoinHandle<String>> {
+    let mut pipe = pipe?;
+    std::thread::Builder::new()
+        .stack_size(128 * 1024)
+        .spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = pipe.by_ref().take(KEPT).read_to_end(&mut bytes);
+            // The rest is read and dropped, so that the program is not killed by a broken pipe.
+            let _ = std::io::copy(&mut pipe, &mut std::io::sink());
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
+        .ok()
+}
+
+/// Whether `path` is a file that may be executed.
+pub fn is_program(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+/// How a program ended.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// Its name.
+    pub name: &'static str,
+    /// Its exit code, if it exited.
+    pub code: Option<i32>,
+    /// The signal that killed it.
+    pub signal: Option<i32>,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained about.
+    pub stderr: String,
+}
+
+impl Output {
+    /// An error unless it exited with 0.
+    pub fn success(self) -> Result<Output> {
+        if self.code == Some(0) { Ok(self) } else { Err(self.failure()) }
+    }
+
+    /// The error that says how it ended, with its last words.
+    pub fn failure(&self) -> Error {
+        let how = match (self.code, self.signal) {
+            (Some(code), _) => format!("exited with {code}"),
+            (_, Some(signal)) => format!("was killed by signal {signal}"),
+            _ => "ended in an unknown way".into(),
+        };
+        let words = [&self.stderr, &self.stdout].into_iter().find_map(|text| {
+            let lines: Vec<_> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+            (!lines.is_empty()).then(|| lines[lines.len().saturating_sub(3)..].join("; "))
+        });
+        Error::failed(format!("{} {how}{}", self.name, words.map(|w| format!(": {w}")).unwrap_or_default()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_takes_too_long_is_killed() {
+        // blkid on a FIFO that nobody writes to waits for ever.
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = Program::E2fsck.run(&[fifo.as_os_str()], Some(Duration::from_millis(300)));
+        // Some versions refuse a FIFO at once: then there is nothing to kill, and the exit code says so.
+        match error {
+            Err(e) => assert_eq!(e.kind(), Kind::Interrupted),
+            Ok(output) => assert_ne!(output.code, Some(0)),
+        }
+    }
+
+    #[test]
+    fn a_failure_says_how_and_repeats_the_last_words() {
+        let output = Output {
+            name: "mkfs.ext4",
+            code: Some(1),
+            signal: None,
+            stdout: "noise".into(),
+            stderr: "a\n\nb\nc\nd\n".into(),
+        };
+        assert_eq!(output.failure().message(), "mkfs.ext4 exited with 1: b; c; d");
+    }
+}
