@@ -15,6 +15,10 @@ use support::fio::FioJob;
 use support::http;
 use support::moto::Moto;
 use support::proxy::{Counts, FaultProxy, Mode};
+use support::zerofs::{Server, Volume};
+use zerofsctl::zerofs::config::NBD_SOCKET;
+use zerofsctl::zerofs::nbd::Client;
+use zerofsctl::zerofs::{ninep, sock};
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long nothing must arrive for us to believe that nothing does.
@@ -144,6 +148,44 @@ fn moto_stores_objects_behind_the_proxy_and_ends_with_its_handle() {
     drop(moto);
     assert_eq!(TcpStream::connect(address).unwrap_err().kind(), ErrorKind::ConnectionRefused);
     dir.assert_unused();
+}
+
+#[test]
+fn zerofs_keeps_its_data_in_moto_through_a_network_that_breaks() {
+    let dir = TestDir::new();
+    let moto = Moto::start(dir.path());
+    moto.create_bucket("vols");
+    let proxy = FaultProxy::start(moto.address());
+    let mut volume = Volume::new("correct horse battery");
+    volume.input.storage_url = "s3://vols/vol1".into();
+    volume.input.aws = Moto::access(proxy.address());
+    let server = volume.start("first");
+    ninep::create_disk(&server.dir, "disk", 64 << 20).unwrap();
+    let open = |server: &Server| {
+        let stream = sock::connect_within(&server.dir, NBD_SOCKET, Duration::from_secs(60)).unwrap();
+        Client::connect(stream, "disk").unwrap()
+    };
+    let mut nbd = open(&server);
+    nbd.write_at(4096, &[0xa5; 4096], false).unwrap();
+    nbd.flush().unwrap();
+    let before = proxy.counts();
+    assert!(moto.keys("vols", "vol1/manifest/").len() > 1 && before.to_server > 4096, "{before:?}");
+
+    // ZeroFS 0.19.1 survives two seconds of this, and no more than a few.
+    proxy.set(Mode::Refuse);
+    nbd.write_at(8192, &[0x5a; 4096], false).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| nbd.flush().unwrap());
+        std::thread::sleep(Duration::from_secs(1));
+        proxy.set(Mode::Pass);
+    });
+    server.kill();
+
+    let again = volume.start("again");
+    let mut back = [0; 8192];
+    open(&again).read_at(4096, &mut back).unwrap();
+    assert!(back[..4096] == [0xa5; 4096] && back[4096..] == [0x5a; 4096]);
+    assert!(again.stop().success());
 }
 
 fn verifying_job(dir: &TestDir, rw: &str) -> FioJob {

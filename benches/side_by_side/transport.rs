@@ -25,17 +25,20 @@ const PATTERNS: [&str; 2] = ["randread", "randwrite"];
 /// IOPS of one side: reads, writes.
 type Iops = [Vec<f64>; 2];
 
+/// How a server is tried with both sides.
+type Trial = fn(&Scale) -> (Iops, Iops);
+
 /// Both servers, one table.
 pub fn compare(scale: &Scale) {
-    let memory = on_memory(scale);
-    let zerofs = on_zerofs(scale);
     println!(
         "## The FUSE transport: fio 4k, iodepth 16, direct, {} s, {SPAN}; median of {} turns each\n",
         scale.seconds,
         turns(scale)
     );
     head(&["server", "job", "zerofsctl, IOPS", "nbdfuse + losetup, IOPS", "ratio"]);
-    for (server, (ours, floor)) in [("nbdkit memory", memory), ("ZeroFS, local store", zerofs)] {
+    let servers: [(&str, Trial); 2] = [("nbdkit memory", on_memory), ("ZeroFS, local store", on_zerofs)];
+    for (server, trial) in servers {
+        let (ours, floor) = trial(scale);
         for (i, pattern) in PATTERNS.iter().enumerate() {
             let (ours, floor) = (median(&ours[i]), median(&floor[i]));
             row([

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use zerofsctl::zerofs::config::Aws;
+
 use super::http;
 
 /// A running moto server. Dropping it ends it, and everything that was stored in it is gone.
@@ -63,6 +65,18 @@ impl Moto {
     /// Where it listens, always on 127.0.0.1.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What ZeroFS needs to reach it at `endpoint`: its own address, or a proxy's in front of it.
+    pub fn access(endpoint: SocketAddr) -> Aws {
+        Aws {
+            endpoint: Some(format!("http://{endpoint}")),
+            region: Some("us-east-1".into()),
+            allow_http: Some(true),
+            access_key_id: Some("test".into()),
+            secret_access_key: Some("test".to_owned().into()),
+            session_token: None,
+        }
     }
 
     /// Its process id.
