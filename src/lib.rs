@@ -10,8 +10,8 @@ pub mod values;
 
 pub mod cli;
 pub mod ops;
-pub mod report;
 pub mod plan;
+pub mod report;
 pub mod step;
 
 pub mod journal;

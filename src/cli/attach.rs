@@ -66,13 +66,25 @@ pub struct AttachArgs {
 /// Parses `90s`, `2m`, `1h30m`.
 pub(super) fn time(flag: &str, text: &str) -> Result<Duration> {
     humantime::parse_duration(text).map_err(|_| {
-        Error::usage(format!("{flag}: invalid time {text:?}")).hint("write a number with a unit, such as 90s or 2m")
+        Error::usage(format!("{flag}: invalid time {text:?}"))
+            .hint("write a number with a unit, such as 90s or 2m")
     })
 }
 
 /// Options that would make it another kind of mount, or reach outside the target.
-const REFUSED_OPTIONS: [&str; 11] =
-    ["bind", "rbind", "move", "remount", "loop", "offset", "sizelimit", "encryption", "user", "users", "owner"];
+const REFUSED_OPTIONS: [&str; 11] = [
+    "bind",
+    "rbind",
+    "move",
+    "remount",
+    "loop",
+    "offset",
+    "sizelimit",
+    "encryption",
+    "user",
+    "users",
+    "owner",
+];
 
 fn mount_options(given: &[String]) -> Result<Vec<String>> {
     let mut options = Vec::new();
@@ -85,7 +97,8 @@ fn mount_options(given: &[String]) -> Result<Vec<String>> {
         if name.is_empty() {
             return wrong("is empty");
         }
-        if option.len() > 200 || !option.chars().all(|c| c.is_ascii_alphanumeric() || "-_.=:@/+".contains(c)) {
+        if option.len() > 200 || !option.chars().all(|c| c.is_ascii_alphanumeric() || "-_.=:@/+".contains(c))
+        {
             return wrong("has characters that no mount option has");
         }
         if matches!(name, "ro" | "rw") {
@@ -104,7 +117,8 @@ impl AttachArgs {
     pub(super) fn spec(&self, context: &Context, storage_url: String) -> Result<AttachSpec> {
         let transport: Transport = self.transport.parse()?;
         if transport == Transport::Nbd {
-            return Err(Error::environment("the nbd transport comes with a later release").hint("use --transport auto or fuse"));
+            return Err(Error::environment("the nbd transport comes with a later release")
+                .hint("use --transport auto or fuse"));
         }
         if self.runtime != "process" {
             return Err(Error::usage(format!("unknown runtime {:?}", self.runtime))
@@ -120,7 +134,8 @@ impl AttachArgs {
                 .hint("a raw device has no filesystem of ours: leave --fs out"));
         }
         if self.block && !self.mount_option.is_empty() {
-            return Err(Error::usage("--block and --mount-option exclude each other").hint("a raw device is not mounted"));
+            return Err(Error::usage("--block and --mount-option exclude each other")
+                .hint("a raw device is not mounted"));
         }
         let least = fs.unwrap_or(crate::values::FsType::Ext4).minimum();
         if let (Some(size), false) = (size, self.block)
@@ -137,7 +152,9 @@ impl AttachArgs {
         }
         let io_timeout = self.io_timeout.as_deref().map(|t| time("--io-timeout", t)).transpose()?;
         if io_timeout.is_some_and(|t| t < Duration::from_secs(1)) {
-            return Err(Error::usage("--io-timeout is below 1s").hint("leave it out to let I/O wait for ever"));
+            return Err(
+                Error::usage("--io-timeout is below 1s").hint("leave it out to let I/O wait for ever")
+            );
         }
         Ok(AttachSpec {
             volume: self.volume.parse()?,
@@ -185,22 +202,22 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
     let dirs = context.dirs()?;
     let engine = Engine { host: &host, observer: &context.progress };
     let run = ops::attach::attach(&engine, &dirs.run, &spec)?;
-    let device = run.facts.device.as_ref().map_or_else(String::new, |d| format!("{}, {}", d.path.display(), d.size));
+    let device =
+        run.facts.device.as_ref().map_or_else(String::new, |d| format!("{}, {}", d.path.display(), d.size));
     let fs = run.facts.fs.filter(|_| !spec.block).map_or_else(|| "raw".to_owned(), |fs| fs.to_string());
     let mode = if spec.read_only { ", read-only" } else { "" };
     let already = if run.already() { "already " } else { "" };
-    Ok(Report::of_run("attach", &spec.volume, &run).summary(format!(
-        "{} is {already}attached at {} ({device}, {fs}{mode})",
-        spec.volume, spec.target
-    )))
+    Ok(Report::of_run("attach", &spec.volume, &run)
+        .summary(format!("{} is {already}attached at {} ({device}, {fs}{mode})", spec.volume, spec.target)))
 }
 
 /// The one kernel feature that the fuse transport cannot do without.
 fn require_fuse() -> Result<()> {
     match std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
         Ok(_) => Ok(()),
-        Err(e) => Err(Error::environment(format!("cannot open /dev/fuse: {e}"))
-            .hint("load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged")),
+        Err(e) => Err(Error::environment(format!("cannot open /dev/fuse: {e}")).hint(
+            "load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged",
+        )),
     }
 }
 
@@ -212,7 +229,20 @@ mod tests {
     fn mount_options_are_split_and_checked() {
         let given = |o: &[&str]| mount_options(&o.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
         assert_eq!(given(&["noatime,commit=5", "discard"]).unwrap(), ["noatime", "commit=5", "discard"]);
-        for bad in ["", "a,,b", "ro", "rw", "bind", "remount", "loop", "x-mount.mkdir", "a b", "a;b", "a\nb", "context=\"x\""] {
+        for bad in [
+            "",
+            "a,,b",
+            "ro",
+            "rw",
+            "bind",
+            "remount",
+            "loop",
+            "x-mount.mkdir",
+            "a b",
+            "a;b",
+            "a\nb",
+            "context=\"x\"",
+        ] {
             assert!(given(&[bad]).is_err(), "{bad}");
         }
     }

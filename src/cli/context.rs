@@ -58,8 +58,11 @@ pub(super) fn init_log(verbose: u8, json: bool) {
         _ => LevelFilter::DEBUG,
     };
     let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let builder =
-        tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).with_ansi(color).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(level)
+        .with_ansi(color)
+        .with_target(false);
     let _ = if json { builder.json().try_init() } else { builder.without_time().try_init() };
 }
 
@@ -77,7 +80,11 @@ impl Context {
         let absolute = |path: &Path, flag: &str| {
             let full = self.cwd.join(path);
             match full.to_str() {
-                Some(text) if !path.as_os_str().is_empty() && !text.contains("..") && !text.contains(char::is_control) => {
+                Some(text)
+                    if !path.as_os_str().is_empty()
+                        && !text.contains("..")
+                        && !text.contains(char::is_control) =>
+                {
                     Ok(full.components().collect::<PathBuf>())
                 }
                 _ => Err(Error::usage(format!("{flag} is not a plain path")).hint("give an absolute folder")),
@@ -148,9 +155,12 @@ impl Context {
         let embedded = dirs.embedded_store()?;
         let storage = match (&settings.storage_url, saved) {
             (Some(url), Some(saved)) if *url != saved.url => {
-                return Err(Error::new(crate::error::Kind::Conflict, format!("it is attached from {}, not {url}", saved.url))
-                    .on(volume)
-                    .hint(format!("detach it first: zerofsctl detach {volume}")));
+                return Err(Error::new(
+                    crate::error::Kind::Conflict,
+                    format!("it is attached from {}, not {url}", saved.url),
+                )
+                .on(volume)
+                .hint(format!("detach it first: zerofsctl detach {volume}")));
             }
             (None, Some(saved)) => saved,
             (Some(url), _) => Storage { url: url.clone(), s3: settings.s3.clone() },
@@ -255,7 +265,10 @@ fn installed(tools: &Path) -> Vec<PathBuf> {
 /// NODE_ID, as existing installations set it, or the host name.
 fn node_name() -> String {
     std::env::var("NODE_ID").ok().filter(|n| !n.is_empty()).unwrap_or_else(|| {
-        nix::unistd::gethostname().ok().and_then(|n| n.into_string().ok()).unwrap_or_else(|| "localhost".into())
+        nix::unistd::gethostname()
+            .ok()
+            .and_then(|n| n.into_string().ok())
+            .unwrap_or_else(|| "localhost".into())
     })
 }
 

@@ -64,7 +64,11 @@ pub fn run(args: &DemoArgs, context: &Context) -> Result<Report> {
         let flags = format!("--state-dir {} --run-dir {}", dirs.state.display(), dirs.run.display());
         report = report.notes([
             format!("kept: the volume demo is attached at {}", dirs.run.join("mnt").display()),
-            format!("take it away: zerofsctl {flags} detach demo && rm -r {} {}", dirs.state.display(), dirs.run.display()),
+            format!(
+                "take it away: zerofsctl {flags} detach demo && rm -r {} {}",
+                dirs.state.display(),
+                dirs.run.display()
+            ),
         ]);
     }
     Ok(report)
@@ -84,7 +88,8 @@ impl Demo {
     fn story(&mut self, dirs: &Dirs, keep: bool) -> Result<()> {
         let mnt = dirs.run.join("mnt");
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dirs.run).doing("make", &dirs.run)?;
-        let written: Vec<u8> = (0..DATA as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        let written: Vec<u8> =
+            (0..DATA as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
         let file = mnt.join("data");
 
         self.attach(&mnt)?;
@@ -183,7 +188,11 @@ impl Demo {
     fn fsck(&mut self, mnt: &Path) -> Result<()> {
         let attach = self.spec(mnt, String::new())?;
         let run = self.with(|engine, dirs, storage_url| {
-            let spec = ops::fsck::FsckSpec { attach: AttachSpec { storage_url, ..attach }, repair: false, read_data: None };
+            let spec = ops::fsck::FsckSpec {
+                attach: AttachSpec { storage_url, ..attach },
+                repair: false,
+                read_data: None,
+            };
             ops::fsck::fsck(engine, &dirs.run, &spec)
         })?;
         self.add("fsck", &run);

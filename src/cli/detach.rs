@@ -43,7 +43,8 @@ pub struct DetachArgs {
 }
 
 pub fn run(args: &DetachArgs, context: &Context) -> Result<Report> {
-    let stop = StopOptions { timeout: attach::time("--stop-timeout", &args.stop_timeout)?, force: args.force };
+    let stop =
+        StopOptions { timeout: attach::time("--stop-timeout", &args.stop_timeout)?, force: args.force };
     let dirs = context.dirs()?;
     let Some(what) = &args.what else {
         context.require_root()?;
@@ -71,7 +72,8 @@ pub(super) fn resolve(what: &str, context: &Context, dirs: &Dirs) -> Result<(Vol
             return Ok((volume, Scope::Volume));
         }
     }
-    Err(Error::new(Kind::NotFound, format!("nothing of ours is at {target}")).hint("see what is attached: zerofsctl list"))
+    Err(Error::new(Kind::NotFound, format!("nothing of ours is at {target}"))
+        .hint("see what is attached: zerofsctl list"))
 }
 
 fn one(

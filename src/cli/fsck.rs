@@ -86,7 +86,9 @@ pub fn run(args: &FsckArgs, context: &Context) -> Result<Report> {
         notes.push(format!("unreadable: {} at byte {start}", ByteSize(*length)));
     }
     if read_data.is_some() && host.zerofs_version().is_ok_and(|v| v.to_string() == "0.19.1") {
-        notes.push("note: ZeroFS 0.19.1 delivers damaged objects as zeros, so this check cannot see them".into());
+        notes.push(
+            "note: ZeroFS 0.19.1 delivers damaged objects as zeros, so this check cannot see them".into(),
+        );
     }
     let exit = if clean && unreadable.is_empty() { 0 } else { 3 };
     Ok(Report::of_run("fsck", &volume, &run).summary(summary).notes(notes).exit(exit))
@@ -100,12 +102,16 @@ fn confirm(volume: &VolumeId) -> Result<()> {
             .hint("look first: zerofsctl fsck VOLUME; then repair without being asked: --repair --yes"));
     }
     let typed: String = dialoguer::Input::new()
-        .with_prompt(format!("A repair may throw data away that it cannot place. Type the volume's name to repair {volume}"))
+        .with_prompt(format!(
+            "A repair may throw data away that it cannot place. Type the volume's name to repair {volume}"
+        ))
         .allow_empty(true)
         .interact_text()
         .map_err(|e| Error::new(Kind::Interrupted, format!("the question was not answered: {e}")))?;
     if typed.trim() == volume.as_str() {
         return Ok(());
     }
-    Err(Error::new(Kind::Interrupted, "not confirmed, nothing was changed").on(volume).hint("type the volume's name exactly"))
+    Err(Error::new(Kind::Interrupted, "not confirmed, nothing was changed")
+        .on(volume)
+        .hint("type the volume's name exactly"))
 }

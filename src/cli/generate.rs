@@ -56,7 +56,9 @@ fn man(command: &clap::Command, dir: &Path) -> Result<Vec<String>> {
 fn completions(command: &mut clap::Command, dir: &Path) -> Result<Vec<String>> {
     use clap_complete::Shell;
     let mut written = Vec::new();
-    for (shell, name) in [(Shell::Bash, "zerofsctl.bash"), (Shell::Zsh, "_zerofsctl"), (Shell::Fish, "zerofsctl.fish")] {
+    for (shell, name) in
+        [(Shell::Bash, "zerofsctl.bash"), (Shell::Zsh, "_zerofsctl"), (Shell::Fish, "zerofsctl.fish")]
+    {
         let mut text = Vec::new();
         clap_complete::generate(shell, command, "zerofsctl", &mut text);
         let path = dir.join(name);

@@ -41,7 +41,11 @@ pub(super) struct Found {
 }
 
 /// Looks at one volume of this node.
-pub(super) fn look(host: &LinuxHost, dirs: &Dirs, volume: &VolumeId) -> Result<(Found, Standing, Option<Status>)> {
+pub(super) fn look(
+    host: &LinuxHost,
+    dirs: &Dirs,
+    volume: &VolumeId,
+) -> Result<(Found, Standing, Option<Status>)> {
     let runs = Journal::peek(&dirs.run, volume)?.unwrap_or_default();
     let standing = Standing::of(&runs);
     let open = runs.last().is_some_and(|r| r.end.is_none());
@@ -60,8 +64,12 @@ pub(super) fn look(host: &LinuxHost, dirs: &Dirs, volume: &VolumeId) -> Result<(
         None => standing.places.iter().filter_map(place).map(|t| format!("{t} (gone)")).collect(),
     };
     let (state, reason) = match &status {
-        _ if open => ("interrupted".to_owned(), Some("a command was cut short: zerofsctl recover".to_owned())),
-        Some(s) if s.state == crate::keeper::control::State::Ready && view.device.is_some() => ("attached".into(), s.reason.clone()),
+        _ if open => {
+            ("interrupted".to_owned(), Some("a command was cut short: zerofsctl recover".to_owned()))
+        }
+        Some(s) if s.state == crate::keeper::control::State::Ready && view.device.is_some() => {
+            ("attached".into(), s.reason.clone())
+        }
         Some(s) => (s.state.name().to_owned(), s.reason.clone()),
         None if standing.connect.is_some() => {
             ("broken".into(), Some("its keeper is gone: zerofsctl recover".into()))
@@ -112,7 +120,9 @@ pub fn run(args: &ListArgs, context: &Context) -> Result<Report> {
                     continue;
                 }
             };
-            let Some((record, _)) = record.filter(|(r, _)| !found.iter().any(|f| f.volume == r.id)) else { continue };
+            let Some((record, _)) = record.filter(|(r, _)| !found.iter().any(|f| f.volume == r.id)) else {
+                continue;
+            };
             found.push(Found {
                 volume: record.id.clone(),
                 state: if record.owner.is_some() { "elsewhere" } else { "released" }.into(),
@@ -151,9 +161,15 @@ pub fn run(args: &ListArgs, context: &Context) -> Result<Report> {
         })
         .collect();
     let columns = [
-        "VOLUME", "STATE", "SIZE", "FS", "DEVICE", "TARGETS", "STORE", "EPOCH", "KEEPER", "ZEROFS", "RESTARTS", "REASON",
+        "VOLUME", "STATE", "SIZE", "FS", "DEVICE", "TARGETS", "STORE", "EPOCH", "KEEPER", "ZEROFS",
+        "RESTARTS", "REASON",
     ];
-    let mut report = Report::new("list", &found).names(found.iter().map(|f| f.volume.to_string())).notes(notes);
-    report = if found.is_empty() { report.summary("no volumes") } else { report.table(&columns, rows).wide_from(6) };
+    let mut report =
+        Report::new("list", &found).names(found.iter().map(|f| f.volume.to_string())).notes(notes);
+    report = if found.is_empty() {
+        report.summary("no volumes")
+    } else {
+        report.table(&columns, rows).wide_from(6)
+    };
     Ok(report)
 }

@@ -27,9 +27,17 @@ pub use context::Context;
 
 /// Run ZeroFS volumes: S3-backed block devices, attached, checked, grown and detached without losing a byte
 #[derive(Debug, Parser)]
-#[command(name = "zerofsctl", version, max_term_width = 100, propagate_version = true, infer_subcommands = false)]
-#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 findings, 4 warnings only, 5 done in part, \
-10 not found, 11 busy, 20 unreachable, 130 interrupted.")]
+#[command(
+    name = "zerofsctl",
+    version,
+    max_term_width = 100,
+    propagate_version = true,
+    infer_subcommands = false
+)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 findings, 4 warnings only, 5 done in part, \
+10 not found, 11 busy, 20 unreachable, 130 interrupted."
+)]
 pub struct Cli {
     #[command(flatten)]
     global: Global,
@@ -45,10 +53,24 @@ pub struct Global {
     #[arg(short = 'o', long = "output", global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT", hide_possible_values = true, help = "How to print the answer: table, wide, json, yaml or name")]
     output: Format,
     /// Configs, caches, logs and the embedded store
-    #[arg(long, global = true, env = "ZEROFSCTL_STATE_DIR", default_value = "/var/lib/zerofsctl", value_name = "DIR", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "ZEROFSCTL_STATE_DIR",
+        default_value = "/var/lib/zerofsctl",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
     state_dir: PathBuf,
     /// Journals, locks and sockets
-    #[arg(long, global = true, env = "ZEROFSCTL_RUN_DIR", default_value = "/run/zerofsctl", value_name = "DIR", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "ZEROFSCTL_RUN_DIR",
+        default_value = "/run/zerofsctl",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
     run_dir: PathBuf,
     /// The zerofs program; else it is looked for in PATH, then in the tools folder
     #[arg(long, global = true, env = "ZEROFS_BIN", value_name = "FILE", hide_env_values = true)]

@@ -64,7 +64,8 @@ impl Progress {
         let this = self.clone();
         let last = std::cell::Cell::new(None::<std::time::Instant>);
         Box::new(move |what, done, of| {
-            let pause = if this.0.bar.is_some() { Duration::from_millis(200) } else { Duration::from_secs(10) };
+            let pause =
+                if this.0.bar.is_some() { Duration::from_millis(200) } else { Duration::from_secs(10) };
             if last.get().is_some_and(|at| at.elapsed() < pause) {
                 return;
             }
@@ -72,7 +73,12 @@ impl Progress {
             let text = match of {
                 // Small numbers are seconds, large ones bytes.
                 Some(of) if of >= 1 << 20 => {
-                    format!("{what}: {} of {} ({}%)", crate::values::ByteSize(done), crate::values::ByteSize(of), done * 100 / of)
+                    format!(
+                        "{what}: {} of {} ({}%)",
+                        crate::values::ByteSize(done),
+                        crate::values::ByteSize(of),
+                        done * 100 / of
+                    )
                 }
                 Some(of) => format!("{what}: {done} s of at most {of} s"),
                 None => format!("{what}: {done} s"),

@@ -42,7 +42,8 @@ pub fn run(args: &RecoverArgs, context: &Context) -> Result<Report> {
         });
         match result {
             Ok(recovered) => {
-                let what = if recovered.what.is_empty() { "in order".to_owned() } else { recovered.what.join(", ") };
+                let what =
+                    if recovered.what.is_empty() { "in order".to_owned() } else { recovered.what.join(", ") };
                 rows.push(vec![volume.to_string(), what]);
                 data.push(json!({"volume": volume, "recovered": recovered}));
                 names.push(volume.to_string());
@@ -56,7 +57,13 @@ pub fn run(args: &RecoverArgs, context: &Context) -> Result<Report> {
             }
         }
     }
-    let exit = if failed == 0 { 0 } else if failed < volumes.len() { 5 } else { 1 };
+    let exit = if failed == 0 {
+        0
+    } else if failed < volumes.len() {
+        5
+    } else {
+        1
+    };
     let report = Report::new("recover", json!({"volumes": data})).names(names).exit(exit);
     Ok(if rows.is_empty() {
         report.summary("nothing to recover: no volumes on this node")

@@ -30,7 +30,11 @@ pub fn run(args: &ResizeArgs, context: &Context) -> Result<Report> {
     context.require_root()?;
     let host = context.host(&volume, &StorageArgs::default(), Purpose::Settle)?;
     if args.dry_run {
-        return Ok(Report::of_preview("resize", &volume, &ops::resize::preview(&host, &dirs.run, &volume, size)?));
+        return Ok(Report::of_preview(
+            "resize",
+            &volume,
+            &ops::resize::preview(&host, &dirs.run, &volume, size)?,
+        ));
     }
     let engine = Engine { host: &host, observer: &context.progress };
     let run = ops::resize::resize(&engine, &dirs.run, &volume, size)?;

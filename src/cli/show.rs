@@ -24,34 +24,64 @@ pub fn run(args: &ShowArgs, context: &Context) -> Result<Report> {
     let runs = Journal::peek(&dirs.run, &volume)?;
     let record = host.catalog().get(&volume).map_err(|e| e.on(&volume))?.map(|(r, _)| r);
     if runs.is_none() && record.is_none() {
-        return Err(Error::new(Kind::NotFound, format!("there is no such volume, neither here nor in {}", host.catalog().url()))
-            .on(&volume)
-            .hint("see what there is: zerofsctl list"));
+        return Err(Error::new(
+            Kind::NotFound,
+            format!("there is no such volume, neither here nor in {}", host.catalog().url()),
+        )
+        .on(&volume)
+        .hint("see what there is: zerofsctl list"));
     }
     let (found, _, status) = look(&host, &dirs, &volume)?;
     let run = dirs.volume_run(&volume);
     let mut rows: Vec<Vec<String>> = Vec::new();
     let mut row = |what: &str, value: String| rows.push(vec![what.to_owned(), value]);
     row("volume", volume.to_string());
-    row("state", found.reason.as_ref().map_or_else(|| found.state.clone(), |r| format!("{} ({r})", found.state)));
+    row(
+        "state",
+        found.reason.as_ref().map_or_else(|| found.state.clone(), |r| format!("{} ({r})", found.state)),
+    );
     row("store", host.catalog().url().volume_url(&volume));
     if let Some(r) = &record {
-        row("catalog", format!("{}, content {:?}, epoch {}, ZeroFS {}", r.capacity, r.content, r.epoch, r.zerofs_version.as_deref().unwrap_or("unknown")).to_lowercase());
+        row(
+            "catalog",
+            format!(
+                "{}, content {:?}, epoch {}, ZeroFS {}",
+                r.capacity,
+                r.content,
+                r.epoch,
+                r.zerofs_version.as_deref().unwrap_or("unknown")
+            )
+            .to_lowercase(),
+        );
         row("owner", r.owner.as_ref().map_or_else(|| "nobody".into(), ToString::to_string));
     }
     if let Some(d) = &found.device {
-        row("device", format!("{}, {}{}", d.path.display(), d.size, if d.read_only { ", read-only" } else { "" }));
+        row(
+            "device",
+            format!("{}, {}{}", d.path.display(), d.size, if d.read_only { ", read-only" } else { "" }),
+        );
     }
     for target in &found.targets {
         row("target", target.clone());
     }
     if let Some(s) = &status {
         row("keeper", format!("pid {}", s.keeper.pid));
-        row("zerofs", format!("{}, version {}, {} restarts", s.zerofs.as_ref().map_or_else(|| "no process".into(), |z| format!("pid {}", z.pid)), s.zerofs_version, s.restarts));
+        row(
+            "zerofs",
+            format!(
+                "{}, version {}, {} restarts",
+                s.zerofs.as_ref().map_or_else(|| "no process".into(), |z| format!("pid {}", z.pid)),
+                s.zerofs_version,
+                s.restarts
+            ),
+        );
         for socket in ["keeper.sock", "9p.sock", "nbd.sock", "rpc.sock"] {
             row("socket", run.join(socket).display().to_string());
         }
-        row("I/O", format!("{} reads, {} writes, {} flushes", s.stats.reads, s.stats.writes, s.stats.flushes));
+        row(
+            "I/O",
+            format!("{} reads, {} writes, {} flushes", s.stats.reads, s.stats.writes, s.stats.flushes),
+        );
         for warning in &s.warnings {
             row("warning", warning.clone());
         }
@@ -75,7 +105,10 @@ pub fn run(args: &ShowArgs, context: &Context) -> Result<Report> {
                 format!("{mark}{}", t.name())
             })
             .collect();
-        row("journal", format!("{} {}: {end} [{}]", r.at.strftime("%F %T"), r.plan.operation.name(), steps.join(" ")));
+        row(
+            "journal",
+            format!("{} {}: {end} [{}]", r.at.strftime("%F %T"), r.plan.operation.name(), steps.join(" ")),
+        );
         if let Some(error) = &r.error {
             row("failed", error.clone());
         }

@@ -25,9 +25,12 @@ pub fn run(args: &ZerofsArgs, context: &Context) -> Result<Report> {
     let found = context.zerofs_program().and_then(|p| version_of(&p).map(|v| (p, v)));
     let known = profiles();
     let row_of = |p: &Profile| {
-        let starred = found.as_ref().is_ok_and(|(_, v)| Profile::of(*v).is_ok_and(|f| f.keys == p.keys && f.faults == p.faults && f.format == p.format));
+        let starred = found.as_ref().is_ok_and(|(_, v)| {
+            Profile::of(*v).is_ok_and(|f| f.keys == p.keys && f.faults == p.faults && f.format == p.format)
+        });
         let faults: Vec<&str> = p.faults.iter().map(|f| f.name).collect();
-        let sections: std::collections::BTreeSet<&str> = p.keys.iter().map(|k| k.section.split('.').next().unwrap_or(k.section)).collect();
+        let sections: std::collections::BTreeSet<&str> =
+            p.keys.iter().map(|k| k.section.split('.').next().unwrap_or(k.section)).collect();
         let store = match (p.file_storage, p.needs_if_match) {
             (true, _) => "s3, file",
             (false, true) => "s3 with If-Match",

@@ -120,10 +120,13 @@ impl Report {
                 vec![t.step.to_owned(), outcome.to_owned(), time, t.what.clone()]
             })
             .collect();
-        Report::new(kind, json!({"volume": volume, "already": run.already(), "steps": run.tasks, "facts": run.facts}))
-            .table(&["STEP", "OUTCOME", "TIME", "WHAT"], rows)
-            .notes(run.facts.notes.iter().map(|n| format!("note: {n}")))
-            .names([volume.to_string()])
+        Report::new(
+            kind,
+            json!({"volume": volume, "already": run.already(), "steps": run.tasks, "facts": run.facts}),
+        )
+        .table(&["STEP", "OUTCOME", "TIME", "WHAT"], rows)
+        .notes(run.facts.notes.iter().map(|n| format!("note: {n}")))
+        .names([volume.to_string()])
     }
 
     /// The report of a dry run: what would be done, and how by hand.
