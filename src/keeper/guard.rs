@@ -1074,11 +1074,14 @@ impl<T> Guard<T> {
 
     fn lose(&mut self, now: Now, why: String, out: &mut Actions<T>) {
         if matches!(self.phase, Phase::Up | Phase::Replaying { .. }) {
-            if self.phase == Phase::Up {
-                self.stats.stalls += 1;
-            }
+            let in_service = self.phase == Phase::Up;
             self.drop_server(now);
-            out.push(Action::Lost(why));
+            if in_service {
+                self.stats.stalls += 1;
+                out.push(Action::Lost(why));
+            } else {
+                out.push(Action::ReplayFailed(why));
+            }
         }
     }
 

@@ -126,6 +126,14 @@ pub struct Payload {
     len: usize,
 }
 
+impl Payload {
+    /// Its length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "an empty payload is never made")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
 /// The mapped file, for those that send payloads from it.
 #[derive(Debug)]
 pub struct LogMap(MmapRaw);
@@ -168,6 +176,7 @@ pub enum Full {
 
 /// What [`ReplayLog::open`] found.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "made once per process")]
 pub enum Opened {
     /// A log, empty or with the entries that an earlier keeper left.
     Log(ReplayLog),
@@ -347,7 +356,7 @@ impl ReplayLog {
         }
         let len = file.metadata().doing("read", &path)?.len();
         if !(MIN_CAPACITY..=1 << 40).contains(&header.capacity)
-            || header.capacity % UNIT != 0
+            || !header.capacity.is_multiple_of(UNIT)
             || len != DATA + header.capacity
         {
             return foreign("its size is wrong");
@@ -508,7 +517,7 @@ impl ReplayLog {
         assert!(data.len() as u64 <= self.max_payload() && (kind != Kind::Write || data.len() as u64 == len));
         let total = entry_total(kind, data.len() as u64);
         let capacity = self.header.capacity;
-        if self.entries.is_empty() && self.head % capacity != 0 {
+        if self.entries.is_empty() && !self.head.is_multiple_of(capacity) {
             // Empty: start over at the ring's beginning, whose pages are there and warm.
             self.restart();
         }

@@ -10,6 +10,9 @@
 mod causes;
 pub mod client;
 pub mod control;
+pub mod fuse;
+pub mod guard;
+pub mod log;
 pub mod guard;
 pub mod log;
 pub mod path;

@@ -1,14 +1,52 @@
-//! The data path: connections to ZeroFS, threads and the FUSE front end around the guard.
+//! The data path: connections to ZeroFS, threads, and the FUSE front end around the [guard](super::guard).
+//!
+//! Who does what:
+//!
+//! - A thread that submits (FUSE's) lets the guard decide, and sends on the socket itself, without ever
+//!   waiting: what the socket does not take at once is queued, and the I/O thread goes on with it. Two threads that
+//!   want to send on one connection do not wait for each other either: the first takes the other's requests along.
+//! - One I/O thread receives from all connections, as much as there is at once, and answers upwards. It never
+//!   waits for anything but events, so a server that is blocked on its replies is always drained.
+//! - One thread asks the [`Prober`], which may take its time.
+//!
+//! No thread wakes up while nothing happens.
 
+use std::io::{self, IoSlice};
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, sendmsg, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
+use super::fuse;
+use super::guard::{Action, ConnId, Guard, Now, Replay, Settings, Target};
 pub use super::guard::{Op, Stats};
-use crate::error::{Error, Result};
-use crate::values::VolumeId;
+use super::log::{self, Identity, LogMap, Opened, Payload, ReplayLog};
+use crate::error::{Error, Kind, Result};
+use crate::values::{ByteSize, VolumeId};
+use crate::zerofs::nbd::{Command, Export, RequestHeader, SimpleReply, handshake};
+use crate::zerofs::sock;
+
+/// The name of the server's socket in the run folder.
+const SOCKET: &str = "nbd.sock";
+/// Trims and zeros are sent in pieces of at most this, so that none keeps a connection busy for long.
+const MAX_RANGE: u64 = 32 * ByteSize::MIB;
+/// What is received at once, and the size of an idle connection's buffer.
+const RECEIVE: usize = 128 << 10;
+/// Threads that do little on the stack.
+const STACK: usize = 256 << 10;
+/// Requests that go into one system call.
+const BATCH: usize = 32;
+/// The event number of the wake-up call.
+const WAKE: u64 = u64::MAX;
 
 /// What a data path is made of.
 #[derive(Debug, Clone)]
@@ -25,7 +63,7 @@ pub struct DataPathConfig {
     pub io_timeout: Option<Duration>,
     /// The volume: a log of another one is foreign.
     pub volume: VolumeId,
-    /// The attach epoch of the catalog, which new log entries belong to.
+    /// The attach epoch of the catalog, which a log goes over to when it is replayed.
     pub epoch: u64,
     /// Whether this server may answer reads with zeros once its database is closed.
     pub zeros_when_closed: bool,
@@ -33,10 +71,11 @@ pub struct DataPathConfig {
     pub replay_log: bool,
 }
 
-/// What the data path asks about the server. Both may be called from a thread of the data path at any time
+/// What the data path asks about the server. Both are called from a thread of the data path, one at a time,
 /// and may block for a while; I/O that needs the answer waits.
 pub trait Prober: Send + Sync {
-    /// Whether the server's database is open now. An error means that nobody can tell; it is asked again.
+    /// Whether the server's database is open now. An error means that nobody can tell; it is asked again a
+    /// few times, then the server counts as lost.
     fn database_open(&self) -> Result<bool>;
     /// Whether the server has *not* admitted, since `since`, that a flush was not durable.
     fn flush_was_honest(&self, since: Instant) -> bool;
@@ -46,9 +85,10 @@ pub trait Prober: Send + Sync {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DataEvent {
     /// A connection broke, or the server lies: it must be killed and started again, then
-    /// [`DataPath::server_up`]. The text says why. Told once per loss.
+    /// [`DataPath::server_up`]. The text says why. Told once per loss; a loss during `server_up` is that call's
+    /// error instead.
     ServerLost(String),
-    /// Writers wait, since the replay log is full.
+    /// Writers wait, since the replay log is full; told again after each flush that did not help.
     LogFull,
     /// An operation was failed with this errno.
     ErrorDelivered {
@@ -69,7 +109,7 @@ pub enum LogState {
     LeftBehind {
         /// How many would be replayed.
         entries: u64,
-        /// Their payload in bytes.
+        /// Their device bytes.
         bytes: u64,
         /// The attach epoch that wrote them.
         epoch: u64,
@@ -86,7 +126,7 @@ pub enum LogState {
 pub struct Replayed {
     /// Entries written again.
     pub entries: u64,
-    /// Their bytes.
+    /// Their device bytes.
     pub bytes: u64,
     /// The size of the device in bytes.
     pub size: u64,
@@ -96,81 +136,911 @@ pub struct Replayed {
 /// [`DataPath::submit`] returns. It must not block.
 pub type Completion = Box<dyn FnOnce(Result<&[u8], i32>) + Send>;
 
-/// The data path of one volume.
+/// The data path of one volume. Dropping it ends its threads; the log stays as it is.
 pub struct DataPath {
-    config: DataPathConfig,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    mount: Mutex<Option<fuse::Mount>>,
+    /// One at a time: server_up, resize, discard_log.
+    control: Mutex<()>,
 }
 
-fn missing<T>() -> Result<T> {
-    Err(Error::failed("the data path is not built yet"))
+/// What the threads share.
+pub(super) struct Shared {
+    config: DataPathConfig,
+    start: Instant,
+    state: Mutex<State>,
+    conns: RwLock<Vec<Arc<Conn>>>,
+    next_conn: AtomicU32,
+    size: AtomicU64,
+    epoll: Epoll,
+    wake: EventFd,
+    stop: AtomicBool,
+    jobs: mpsc::Sender<Job>,
+    events: mpsc::Sender<DataEvent>,
+    outcome: Mutex<Option<Result<Replay, String>>>,
+    outcome_told: Condvar,
+}
+
+struct State {
+    /// None while the log is foreign.
+    guard: Option<Guard<Completion>>,
+    foreign: Option<String>,
+    /// When the I/O thread wakes up by itself.
+    armed: Option<Now>,
+}
+
+enum Job {
+    Probe(u64),
+    CheckFlush(u64, Now),
+    Stop,
+}
+
+struct Conn {
+    id: ConnId,
+    stream: UnixStream,
+    map: Arc<LogMap>,
+    tx: Mutex<Tx>,
+}
+
+#[derive(Default)]
+struct Tx {
+    queue: std::collections::VecDeque<Frame>,
+    /// Somebody is sending, and will take along what is queued meanwhile.
+    sending: bool,
+    /// The socket is full: the I/O thread goes on.
+    blocked: bool,
+}
+
+struct Frame {
+    header: [u8; RequestHeader::LEN],
+    payload: Option<Payload>,
+    sent: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic in another thread leaves nothing half done that matters more than going on with the volume.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DataPath {
-    /// Opens or creates the replay log. Nothing is replayed yet.
+    /// Opens or creates the replay log and starts the threads. Nothing is replayed yet.
+    ///
+    /// [`Kind::Busy`] when another keeper has the log; [`Kind::Environment`] when the disk is full.
     pub fn new(
         config: DataPathConfig,
-        _prober: Arc<dyn Prober>,
-        _events: mpsc::Sender<DataEvent>,
+        prober: Arc<dyn Prober>,
+        events: mpsc::Sender<DataEvent>,
     ) -> Result<Arc<DataPath>> {
-        Ok(Arc::new(DataPath { config }))
+        let opened = ReplayLog::open(&config.run_dir, &identity(&config)?, config.log_bytes)
+            .map_err(|e| e.on(&config.volume))?;
+        let (guard, foreign) = match opened {
+            Opened::Log(log) => (Some(Guard::new(settings(&config), log)), None),
+            Opened::Foreign { why } => (None, Some(why)),
+        };
+        let failed = |what: &str, e: nix::Error| Error::failed(format!("cannot {what}: {e}"));
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| failed("make an epoll", e))?;
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|e| failed("make an event descriptor", e))?;
+        epoll
+            .add(&wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))
+            .map_err(|e| failed("watch an event descriptor", e))?;
+        let (jobs, todo) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            config,
+            start: Instant::now(),
+            state: Mutex::new(State { guard, foreign, armed: None }),
+            conns: RwLock::default(),
+            next_conn: AtomicU32::new(0),
+            size: AtomicU64::new(0),
+            epoll,
+            wake,
+            stop: AtomicBool::new(false),
+            jobs,
+            events,
+            outcome: Mutex::new(None),
+            outcome_told: Condvar::new(),
+        });
+        let mut path = DataPath {
+            shared: Arc::clone(&shared),
+            threads: Vec::new(),
+            mount: Mutex::new(None),
+            control: Mutex::new(()),
+        };
+        let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new()
+                .name(name.into())
+                .stack_size(STACK)
+                .spawn(body)
+                .map_err(|e| Error::environment(format!("cannot start a thread: {e}")))
+        };
+        let io = Arc::clone(&shared);
+        path.threads.push(spawn("io", Box::new(move || Receiver::default().run(&io)))?);
+        path.threads.push(spawn("probe", Box::new(move || run_jobs(&shared, &*prober, &todo)))?);
+        Ok(Arc::new(path))
     }
 
     /// The state of the log now.
     pub fn log_state(&self) -> LogState {
-        LogState::Clean
+        let state = lock(&self.shared.state);
+        match &state.guard {
+            None => LogState::Foreign { why: state.foreign.clone().unwrap_or_default() },
+            Some(guard) if guard.log().live() == 0 => LogState::Clean,
+            Some(guard) => LogState::LeftBehind {
+                entries: guard.log().live(),
+                bytes: guard.log().live_bytes(),
+                epoch: guard.log().epoch(),
+            },
+        }
     }
 
-    /// Empties the log, whatever is in it. Refused while a server is up or operations are held.
+    /// Empties the log, whatever is in it. Refused while a server is up or mutations are held.
     pub fn discard_log(&self) -> Result<()> {
-        missing()
+        let _one = lock(&self.control);
+        let config = &self.shared.config;
+        let mut state = lock(&self.shared.state);
+        if state.guard.as_ref().is_some_and(|g| !g.is_quiet()) {
+            return Err(Error::refused("the replay log is in use")
+                .hint("detach the volume first: zerofsctl detach VOLUME")
+                .on(&config.volume));
+        }
+        let log = ReplayLog::discard(&config.run_dir, &identity(config)?, config.log_bytes)
+            .map_err(|e| e.on(&config.volume))?;
+        state.foreign = None;
+        match state.guard.as_mut() {
+            Some(guard) => guard.set_log(log),
+            None => state.guard = Some(Guard::new(settings(config), log)),
+        }
+        Ok(())
     }
 
-    /// Connects to a freshly started server, replays the log, flushes, and resumes all held I/O.
+    /// Connects to a freshly started server, replays the log, flushes, and resumes all held I/O. Blocks until
+    /// that is done; [`server_down`](Self::server_down) and [`fail`](Self::fail) from another thread end it.
     ///
     /// The server that was used before must be dead: one that lives on could carry out old requests after
     /// the replay. On failure everything stays held, and it may be called again.
+    /// [`Kind::Refused`] when the log is foreign, the volume failed, or the device is smaller than it was.
     pub fn server_up(&self) -> Result<Replayed> {
-        missing()
+        let _one = lock(&self.control);
+        self.up().map_err(|e| e.on(&self.shared.config.volume))
+    }
+
+    fn up(&self) -> Result<Replayed> {
+        let shared = &*self.shared;
+        let (map, size_before, entries) = {
+            let state = lock(&shared.state);
+            let Some(guard) = &state.guard else {
+                let why = state.foreign.clone().unwrap_or_default();
+                return Err(Error::refused(format!("the replay log cannot be used: {why}")).hint(
+                    "discard it if the volume's data elsewhere is what you want: zerofsctl recover VOLUME",
+                ));
+            };
+            if guard.is_failed() {
+                return Err(Error::refused("the volume has a new owner; this device has failed for good")
+                    .hint("detach it here: zerofsctl detach VOLUME"));
+            }
+            if guard.is_up() {
+                return Err(Error::failed("the data path has a server already"));
+            }
+            (guard.log().mapped(), guard.log().device_size(), guard.log().live())
+        };
+        shared.drop_conns();
+        let (streams, export) = self.connect()?;
+        let known = shared.size.load(Ordering::Relaxed).max(if entries > 0 { size_before } else { 0 });
+        if export.size < known {
+            return Err(Error::refused(format!(
+                "the device has {} bytes now and had {known}: it must never shrink",
+                export.size
+            ))
+            .hint("look at the volume's record with zerofsctl show VOLUME"));
+        }
+        if entries > 0 && export.flags.is_read_only() {
+            return Err(Error::refused(format!(
+                "the server is read-only, and {entries} acknowledged mutations wait to be replayed"
+            ))
+            .hint("attach the volume read-write once: zerofsctl attach VOLUME --target DIR"));
+        }
+        let ids = shared.add_conns(streams, &map)?;
+        *lock(&shared.outcome) = None;
+        let mut out = Vec::new();
+        {
+            let mut state = lock(&shared.state);
+            let Some(guard) = state.guard.as_mut().filter(|g| !g.is_failed()) else {
+                drop(state);
+                shared.drop_conns();
+                return Err(Error::refused("the volume failed meanwhile"));
+            };
+            shared.size.store(export.size, Ordering::Relaxed);
+            guard.up(shared.now(), &ids, Target { size: export.size, flags: export.flags }, &mut out);
+        }
+        shared.act(out);
+        shared.wake_io();
+        let mut outcome = lock(&shared.outcome);
+        loop {
+            match outcome.take() {
+                Some(Ok(done)) => {
+                    return Ok(Replayed { entries: done.entries, bytes: done.bytes, size: export.size });
+                }
+                Some(Err(why)) => {
+                    drop(outcome);
+                    self.server_down();
+                    return Err(Error::new(
+                        Kind::Unreachable,
+                        format!("the server was lost during the replay: {why}"),
+                    )
+                    .hint("nothing is lost; look into the volume's zerofs.log (zerofsctl show VOLUME)"));
+                }
+                None => {
+                    outcome = shared.outcome_told.wait(outcome).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
+    fn connect(&self) -> Result<(Vec<UnixStream>, Export)> {
+        let config = &self.shared.config;
+        let one = || -> Result<(UnixStream, Export)> {
+            let mut stream = sock::connect(&config.run_dir, SOCKET).map_err(|e| {
+                Error::new(Kind::Unreachable, format!("cannot connect to ZeroFS's NBD socket: {e}"))
+                    .hint("look whether ZeroFS runs, and into its log (zerofsctl show VOLUME)")
+            })?;
+            let export = handshake(&mut stream, &config.export)?;
+            Ok((stream, export))
+        };
+        let (first, export) = one()?;
+        let mut streams = vec![first];
+        let wanted = if export.flags.can_multi_conn() { config.connections.max(1) } else { 1 };
+        while streams.len() < wanted {
+            let (stream, again) = one()?;
+            if again != export {
+                return Err(Error::new(Kind::Unreachable, "the export changes between two connections")
+                    .hint("run the same command again"));
+            }
+            streams.push(stream);
+        }
+        Ok((streams, export))
     }
 
     /// Forgets the connections; everything in flight stays held.
-    pub fn server_down(&self) {}
+    pub fn server_down(&self) {
+        let shared = &self.shared;
+        if let Some(guard) = lock(&shared.state).guard.as_mut() {
+            guard.down(shared.now());
+        }
+        shared.drop_conns();
+        shared.tell(Err("it was taken down".into()));
+    }
 
     /// The volume has a new owner: everything held, and everything later, gets EIO; the log is void.
-    pub fn fail(&self, _why: &str) {}
+    pub fn fail(&self, why: &str) {
+        let shared = &self.shared;
+        let mut out = Vec::new();
+        if let Some(guard) = lock(&shared.state).guard.as_mut() {
+            guard.fail(shared.now(), &mut out);
+        }
+        shared.drop_conns();
+        shared.tell(Err(why.to_owned()));
+        shared.act(out);
+    }
 
-    /// Makes everything durable that was answered before.
+    /// Makes everything durable that was answered before. Waits for as long as the server is away.
     pub fn flush(&self) -> Result<()> {
-        missing()
+        let (tell, told) = mpsc::sync_channel(1);
+        self.submit(
+            Op::Flush,
+            Box::new(move |result| {
+                let _ = tell.send(result.map(|_| ()));
+            }),
+        );
+        match told.recv() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(errno)) => {
+                Err(Error::failed(format!("cannot flush: {}", io::Error::from_raw_os_error(errno)))
+                    .on(&self.shared.config.volume))
+            }
+            Err(_) => Err(Error::failed("the data path ended during a flush").on(&self.shared.config.volume)),
+        }
     }
 
     /// The size of the device in bytes; 0 before the first server.
     pub fn size(&self) -> u64 {
-        0
+        self.shared.size.load(Ordering::Relaxed)
     }
 
-    /// Learns a larger size on fresh connections, and moves all I/O to them.
+    /// Learns a larger size on fresh connections, and moves all I/O to them. The FUSE file has the new size
+    /// at the next stat(2).
     pub fn resize(&self) -> Result<u64> {
-        missing()
+        let _one = lock(&self.control);
+        let shared = &*self.shared;
+        let resized = (|| {
+            let away = || {
+                Error::new(Kind::Busy, "the volume has no server just now")
+                    .hint("wait until it is ready (zerofsctl show VOLUME), then run the same command again")
+            };
+            let map = match &lock(&shared.state).guard {
+                Some(guard) if guard.is_up() => guard.log().mapped(),
+                _ => return Err(away()),
+            };
+            let (streams, export) = self.connect()?;
+            let before = self.size();
+            if export.size < before {
+                return Err(Error::refused(format!(
+                    "the device has {} bytes now and had {before}: it must never shrink",
+                    export.size
+                ))
+                .hint("set the size back: zerofsctl resize VOLUME SIZE"));
+            }
+            let ids = shared.add_conns(streams, &map)?;
+            let mut out = Vec::new();
+            {
+                let mut state = lock(&shared.state);
+                let Some(guard) = state.guard.as_mut().filter(|g| g.is_up()) else {
+                    drop(state);
+                    ids.iter().for_each(|id| shared.close(*id, false));
+                    return Err(away());
+                };
+                shared.size.store(export.size, Ordering::Relaxed);
+                guard.replace_conns(&ids, Target { size: export.size, flags: export.flags }, &mut out);
+            }
+            shared.act(out);
+            Ok(export.size)
+        })();
+        resized.map_err(|e: Error| e.on(&shared.config.volume))
     }
 
     /// Counters and gauges.
     pub fn stats(&self) -> Stats {
-        Stats { log_capacity: self.config.log_bytes, ..Stats::default() }
+        lock(&self.shared.state).guard.as_ref().map(|g| g.stats(self.shared.now())).unwrap_or_default()
     }
 
     /// Hands an operation in. It may wait for as long as the server is away.
-    pub fn submit(&self, _op: Op<'_>, done: Completion) {
-        done(Err(libc::EIO));
+    pub fn submit(&self, op: Op<'_>, done: Completion) {
+        self.shared.submit(op, done);
     }
 
     /// Mounts the file `disk` in `dir`, which must exist. A server must have been up.
-    pub fn mount_fuse(self: &Arc<Self>, _dir: &Path) -> Result<()> {
-        missing()
+    pub fn mount_fuse(&self, dir: &Path) -> Result<()> {
+        let mut mount = lock(&self.mount);
+        let volume = &self.shared.config.volume;
+        if mount.is_some() {
+            return Err(Error::new(Kind::Busy, "the FUSE file is mounted already").on(volume));
+        }
+        if self.size() == 0 {
+            return Err(
+                Error::failed("the size of the device is not known before the first server").on(volume)
+            );
+        }
+        *mount = Some(fuse::mount(Arc::clone(&self.shared), dir).map_err(|e| e.on(volume))?);
+        Ok(())
     }
 
-    /// Unmounts it. Busy while the file is open (a loop device holds it open).
+    /// Unmounts it. [`Kind::Busy`] while the file is open (a loop device holds it open); nothing to do when
+    /// it is not mounted.
     pub fn unmount_fuse(&self) -> Result<()> {
-        missing()
+        let mut slot = lock(&self.mount);
+        if let Some(mount) = slot.take() {
+            if let Err((mount, e)) = mount.unmount() {
+                *slot = Some(mount);
+                return Err(e.on(&self.shared.config.volume));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for DataPath {
+    fn drop(&mut self) {
+        self.server_down();
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.wake_io();
+        let _ = self.shared.jobs.send(Job::Stop);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        // What is held is answered, so that nobody above waits for ever; the log keeps what was acknowledged.
+        let guard = lock(&self.shared.state).guard.take();
+        drop(guard);
+        if let Some(mount) = lock(&self.mount).take() {
+            mount.abandon();
+        }
+    }
+}
+
+fn identity(config: &DataPathConfig) -> Result<Identity> {
+    Ok(Identity { volume: config.volume.clone(), epoch: config.epoch, boot: log::boot_id()? })
+}
+
+fn settings(config: &DataPathConfig) -> Settings {
+    Settings {
+        epoch: config.epoch,
+        io_timeout: config.io_timeout,
+        zeros_when_closed: config.zeros_when_closed,
+        replay_log: config.replay_log,
+    }
+}
+
+/// An operation that is carried out in pieces.
+struct Joint {
+    left: AtomicUsize,
+    errno: AtomicI32,
+    data: Mutex<Vec<u8>>,
+    done: Mutex<Option<Completion>>,
+}
+
+impl Joint {
+    fn piece(self: &Arc<Self>, at: usize) -> Completion {
+        let joint = Arc::clone(self);
+        Box::new(move |result| {
+            match result {
+                Ok(bytes) => lock(&joint.data)[at..at + bytes.len()].copy_from_slice(bytes),
+                Err(errno) => joint.errno.store(errno, Ordering::SeqCst),
+            }
+            if joint.left.fetch_sub(1, Ordering::SeqCst) == 1
+                && let Some(done) = lock(&joint.done).take()
+            {
+                match joint.errno.load(Ordering::SeqCst) {
+                    0 => done(Ok(&lock(&joint.data))),
+                    errno => done(Err(errno)),
+                }
+            }
+        })
+    }
+}
+
+impl Shared {
+    fn now(&self) -> Now {
+        self.start.elapsed()
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// As [`DataPath::submit`]; what is too long for one request goes in pieces.
+    pub(super) fn submit(&self, op: Op<'_>, done: Completion) {
+        let (len, limit) = match op {
+            Op::Flush => (0, 1),
+            Op::Read { len, .. } => (u64::from(len), ByteSize::MIB),
+            Op::Write { data, .. } => (data.len() as u64, self.max_write()),
+            Op::Trim { len, .. } | Op::Zero { len, .. } => (len, MAX_RANGE),
+        };
+        if len <= limit {
+            return self.submit_one(op, done);
+        }
+        let data = if let Op::Read { .. } = op { vec![0; len as usize] } else { Vec::new() };
+        let joint = Arc::new(Joint {
+            left: AtomicUsize::new(len.div_ceil(limit) as usize),
+            errno: AtomicI32::new(0),
+            data: Mutex::new(data),
+            done: Mutex::new(Some(done)),
+        });
+        let mut at = 0;
+        while at < len {
+            let n = limit.min(len - at);
+            let piece = match op {
+                Op::Flush => op,
+                Op::Read { offset, .. } => Op::Read { offset: offset.saturating_add(at), len: n as u32 },
+                Op::Write { offset, data, fua } => Op::Write {
+                    offset: offset.saturating_add(at),
+                    data: &data[at as usize..(at + n) as usize],
+                    fua,
+                },
+                Op::Trim { offset, .. } => Op::Trim { offset: offset.saturating_add(at), len: n },
+                Op::Zero { offset, fua, .. } => Op::Zero { offset: offset.saturating_add(at), len: n, fua },
+            };
+            self.submit_one(piece, joint.piece(if let Op::Read { .. } = op { at as usize } else { 0 }));
+            at += n;
+        }
+    }
+
+    fn max_write(&self) -> u64 {
+        log::MAX_PAYLOAD.min(self.config.log_bytes.max(log::MIN_CAPACITY) / 4)
+    }
+
+    fn submit_one(&self, op: Op<'_>, done: Completion) {
+        let now = self.now();
+        let mut out = Vec::with_capacity(2);
+        let wake = {
+            let mut state = lock(&self.state);
+            let State { guard, armed, .. } = &mut *state;
+            let Some(guard) = guard else {
+                drop(state);
+                return done(Err(libc::EIO));
+            };
+            guard.submit(now, op, done, &mut out);
+            // Other deadlines are due to replies, which the I/O thread sees itself.
+            self.config.io_timeout.is_some_and(|limit| armed.is_none_or(|at| at > now + limit))
+        };
+        self.act(out);
+        if wake {
+            self.wake_io();
+        }
+    }
+
+    fn wake_io(&self) {
+        let _ = self.wake.write(1);
+    }
+
+    fn tell(&self, outcome: Result<Replay, String>) {
+        *lock(&self.outcome) = Some(outcome);
+        self.outcome_told.notify_all();
+    }
+
+    /// Carries out what the guard wants, with no lock held.
+    fn act(&self, actions: Vec<Action<Completion>>) {
+        let mut busy: Vec<Arc<Conn>> = Vec::new();
+        for action in actions {
+            match action {
+                Action::Send { conn, header, payload } => {
+                    let conn = match busy.iter().find(|c| c.id == conn) {
+                        Some(conn) => conn,
+                        None => {
+                            // Gone meanwhile: the guard knows, or is just being told.
+                            let Some(found) = self.conn(conn) else { continue };
+                            busy.push(found);
+                            &busy[busy.len() - 1]
+                        }
+                    };
+                    let frame = Frame { header: header.encode(), payload, sent: 0 };
+                    lock(&conn.tx).queue.push_back(frame);
+                }
+                Action::Done { token, result } => match &result {
+                    Ok(data) => token(Ok(data)),
+                    Err(errno) => token(Err(*errno)),
+                },
+                Action::Probe { id } => drop(self.jobs.send(Job::Probe(id))),
+                Action::CheckFlush { id, since } => drop(self.jobs.send(Job::CheckFlush(id, since))),
+                Action::Close { conn } => self.close(conn, true),
+                Action::Lost(why) => {
+                    self.drop_conns();
+                    self.tell(Err(why.clone()));
+                    let _ = self.events.send(DataEvent::ServerLost(why));
+                }
+                Action::ReplayFailed(why) => {
+                    self.drop_conns();
+                    self.tell(Err(why));
+                }
+                Action::Up(done) => self.tell(Ok(done)),
+                Action::LogFull => drop(self.events.send(DataEvent::LogFull)),
+                Action::Failed { what, errno } => {
+                    let _ = self.events.send(DataEvent::ErrorDelivered { what, errno });
+                }
+            }
+        }
+        for conn in busy {
+            self.push(&conn, false);
+        }
+    }
+
+    fn conn(&self, id: ConnId) -> Option<Arc<Conn>> {
+        let conns = self.conns.read().unwrap_or_else(PoisonError::into_inner);
+        conns.iter().find(|c| c.id == id).cloned()
+    }
+
+    fn add_conns(&self, streams: Vec<UnixStream>, map: &Arc<LogMap>) -> Result<Vec<ConnId>> {
+        let mut ids = Vec::new();
+        for stream in streams {
+            let id = self.next_conn.fetch_add(1, Ordering::Relaxed);
+            // Room for a large write, so that it goes in one go; the default is 208 KiB. Best effort.
+            let _ = setsockopt(&stream, sockopt::SndBufForce, &(2 << 20));
+            let conn = Arc::new(Conn { id, stream, map: Arc::clone(map), tx: Mutex::default() });
+            self.conns.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&conn));
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, id.into());
+            if let Err(e) = self.epoll.add(&conn.stream, event) {
+                self.drop_conns();
+                return Err(Error::failed(format!("cannot watch a connection: {e}")));
+            }
+            ids.push(id);
+        }
+        Ok(ids)
+    }
+
+    /// Ends one connection; politely when nothing is in flight on it.
+    fn close(&self, id: ConnId, politely: bool) {
+        let Some(conn) = self.conn(id) else { return };
+        if politely {
+            let bye = RequestHeader { flags: 0, command: Command::Disc, cookie: 0, offset: 0, len: 0 };
+            lock(&conn.tx).queue.push_back(Frame { header: bye.encode(), payload: None, sent: 0 });
+            self.push(&conn, false);
+        }
+        self.conns.write().unwrap_or_else(PoisonError::into_inner).retain(|c| c.id != id);
+        let _ = self.epoll.delete(&conn.stream);
+        let _ = conn.stream.shutdown(Shutdown::Both);
+    }
+
+    fn drop_conns(&self) {
+        let conns = std::mem::take(&mut *self.conns.write().unwrap_or_else(PoisonError::into_inner));
+        for conn in conns {
+            let _ = self.epoll.delete(&conn.stream);
+            // From here on nothing of ours reaches the server, whoever is about to send.
+            let _ = conn.stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn lost(&self, id: ConnId, why: &str) {
+        let mut out = Vec::new();
+        if let Some(guard) = lock(&self.state).guard.as_mut() {
+            guard.conn_lost(self.now(), id, why, &mut out);
+        }
+        self.close(id, false);
+        self.act(out);
+    }
+
+    /// Sends what is queued, without waiting.
+    fn push(&self, conn: &Arc<Conn>, unblocked: bool) {
+        let mut tx = lock(&conn.tx);
+        if unblocked {
+            tx.blocked = false;
+        }
+        if tx.sending || tx.blocked {
+            return;
+        }
+        tx.sending = true;
+        let mut batch: Vec<Frame> = Vec::new();
+        loop {
+            let n = tx.queue.len().min(BATCH);
+            if n == 0 {
+                tx.sending = false;
+                if unblocked {
+                    self.watch(conn, EpollFlags::EPOLLIN);
+                }
+                return;
+            }
+            batch.extend(tx.queue.drain(..n));
+            drop(tx);
+            let result = conn.send(&batch);
+            tx = lock(&conn.tx);
+            match result {
+                Ok(mut sent) => batch.retain_mut(|frame| {
+                    let n = sent.min(frame.len() - frame.sent);
+                    sent -= n;
+                    frame.sent += n;
+                    frame.sent < frame.len()
+                }),
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN) => {
+                    for frame in batch.drain(..).rev() {
+                        tx.queue.push_front(frame);
+                    }
+                    tx.sending = false;
+                    tx.blocked = true;
+                    // Under the lock, lest somebody who has just finished takes the interest back.
+                    self.watch(conn, EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT);
+                    return;
+                }
+                Err(e) => {
+                    // Stays "sending": nobody else tries.
+                    tx.queue.clear();
+                    drop(tx);
+                    return self.lost(conn.id, &format!("cannot send to the server: {e}"));
+                }
+            }
+            for frame in batch.drain(..).rev() {
+                tx.queue.push_front(frame);
+            }
+        }
+    }
+
+    fn watch(&self, conn: &Conn, flags: EpollFlags) {
+        // A connection that is not watched any more has been dropped.
+        let _ = self.epoll.modify(&conn.stream, &mut EpollEvent::new(flags, conn.id.into()));
+    }
+}
+
+impl Frame {
+    fn len(&self) -> usize {
+        self.header.len() + self.payload.map_or(0, |p| p.len())
+    }
+}
+
+impl Conn {
+    /// As many bytes of the frames as the socket takes now.
+    fn send(&self, frames: &[Frame]) -> nix::Result<usize> {
+        let mut parts = Vec::with_capacity(2 * frames.len());
+        for frame in frames {
+            let header = &frame.header[frame.sent.min(frame.header.len())..];
+            if !header.is_empty() {
+                parts.push(IoSlice::new(header));
+            }
+            if let Some(payload) = frame.payload {
+                // SAFETY: the request has not been answered, so its entry is not released; if the connection
+                // was dropped meanwhile, the socket is shut down, and these bytes go nowhere.
+                let payload = unsafe { self.map.payload(payload) };
+                parts.push(IoSlice::new(&payload[frame.sent.saturating_sub(frame.header.len())..]));
+            }
+        }
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        sendmsg::<()>(self.stream.as_raw_fd(), &parts, &[], flags, None)
+    }
+}
+
+/// The I/O thread: what it has received and not yet understood, per connection.
+#[derive(Default)]
+struct Receiver {
+    buffers: Vec<Buffer>,
+}
+
+struct Buffer {
+    conn: ConnId,
+    bytes: Vec<u8>,
+    /// What is received and not consumed.
+    filled: usize,
+}
+
+impl Receiver {
+    fn run(&mut self, shared: &Shared) {
+        let mut events = [EpollEvent::empty(); 16];
+        let mut deadline: Option<Now> = None;
+        while !shared.stop.load(Ordering::SeqCst) {
+            let timeout = match deadline.map(|at| at.saturating_sub(shared.now())) {
+                None => EpollTimeout::NONE,
+                // Rounded up, so that the deadline has passed when it wakes.
+                Some(left) => {
+                    EpollTimeout::try_from(left.as_millis().saturating_add(1).min(i32::MAX as u128) as i32)
+                        .unwrap_or(EpollTimeout::MAX)
+                }
+            };
+            let n = match shared.epoll.wait(&mut events, timeout) {
+                Ok(n) => n,
+                Err(nix::Error::EINTR) => 0,
+                Err(e) => {
+                    // It cannot happen; if it does, a slow loop is better than a hang.
+                    tracing::error!("epoll: {e}");
+                    std::thread::sleep(Duration::from_millis(100));
+                    0
+                }
+            };
+            let (mut current, mut woken) = (false, n == 0);
+            for event in &events[..n] {
+                if event.data() == WAKE {
+                    let _ = shared.wake.read();
+                    woken = true;
+                    continue;
+                }
+                let id = event.data() as ConnId;
+                let Some(conn) = shared.conn(id) else { continue };
+                if event.events().contains(EpollFlags::EPOLLOUT) {
+                    shared.push(&conn, true);
+                }
+                if event
+                    .events()
+                    .intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR)
+                {
+                    current = false;
+                    if let Some(at) = self.receive(shared, &conn) {
+                        deadline = at;
+                        current = true;
+                    }
+                }
+            }
+            let now = shared.now();
+            if woken || !current || deadline.is_some_and(|at| at <= now) {
+                deadline = self.tick(shared, now);
+            }
+        }
+    }
+
+    fn tick(&mut self, shared: &Shared, now: Now) -> Option<Now> {
+        let mut out = Vec::new();
+        let deadline = {
+            let mut state = lock(&shared.state);
+            let State { guard, armed, .. } = &mut *state;
+            if let Some(guard) = guard {
+                if guard.deadline().is_some_and(|at| at <= now) {
+                    guard.tick(now, &mut out);
+                }
+                *armed = guard.deadline();
+            }
+            *armed
+        };
+        shared.act(out);
+        if self.buffers.iter().any(|b| b.bytes.len() > RECEIVE || shared.conn(b.conn).is_none()) {
+            self.buffers.retain(|b| shared.conn(b.conn).is_some());
+            for buffer in self.buffers.iter_mut().filter(|b| b.filled <= RECEIVE) {
+                buffer.bytes.truncate(RECEIVE);
+                buffer.bytes.shrink_to_fit();
+            }
+        }
+        deadline
+    }
+
+    /// Receives once and answers what is whole. Gives the next deadline, unless the connection is lost.
+    fn receive(&mut self, shared: &Shared, conn: &Conn) -> Option<Option<Now>> {
+        let i = match self.buffers.iter().position(|b| b.conn == conn.id) {
+            Some(i) => i,
+            None => {
+                self.buffers.push(Buffer { conn: conn.id, bytes: vec![0; RECEIVE], filled: 0 });
+                self.buffers.len() - 1
+            }
+        };
+        let buffer = &mut self.buffers[i];
+        let room = &mut buffer.bytes[buffer.filled..];
+        match nix::sys::socket::recv(conn.stream.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => {
+                shared.lost(conn.id, "the server closed the connection");
+                return None;
+            }
+            Ok(n) => buffer.filled += n,
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
+            Err(e) => {
+                shared.lost(conn.id, &format!("cannot receive from the server: {e}"));
+                return None;
+            }
+        }
+        let now = shared.now();
+        let mut out = Vec::new();
+        let mut inline: Vec<(Completion, std::ops::Range<usize>)> = Vec::with_capacity(32);
+        let mut at = 0;
+        let mut need = RECEIVE;
+        let mut wrong = None;
+        let deadline = {
+            let mut state = lock(&shared.state);
+            let State { guard, armed, .. } = &mut *state;
+            let guard = guard.as_mut()?;
+            while let Some(header) = buffer.bytes[at..buffer.filled].first_chunk() {
+                let reply = match SimpleReply::decode(header) {
+                    Ok(reply) => reply,
+                    Err(e) => {
+                        wrong = Some(e.message().to_owned());
+                        break;
+                    }
+                };
+                let Some(len) = guard.reply_len(conn.id, reply.cookie) else {
+                    wrong = Some("the server answers a request that it did not get".to_owned());
+                    break;
+                };
+                let len = if reply.error == 0 { len as usize } else { 0 };
+                let payload = at + SimpleReply::LEN..at + SimpleReply::LEN + len;
+                if payload.end > buffer.filled {
+                    need = SimpleReply::LEN + len;
+                    break;
+                }
+                let data = &buffer.bytes[payload.clone()];
+                if let Some(token) = guard.reply(now, conn.id, reply.cookie, reply.error, data, &mut out) {
+                    inline.push((token, payload.clone()));
+                }
+                at = payload.end;
+            }
+            *armed = guard.deadline();
+            *armed
+        };
+        for (token, range) in inline {
+            token(Ok(&buffer.bytes[range]));
+        }
+        buffer.bytes.copy_within(at..buffer.filled, 0);
+        buffer.filled -= at;
+        if need > buffer.bytes.len() {
+            buffer.bytes.resize(need.max(2 * RECEIVE), 0);
+        }
+        shared.act(out);
+        if let Some(wrong) = wrong {
+            shared.lost(conn.id, &wrong);
+            return None;
+        }
+        Some(deadline)
+    }
+}
+
+fn run_jobs(shared: &Shared, prober: &dyn Prober, todo: &mpsc::Receiver<Job>) {
+    while let Ok(job) = todo.recv() {
+        let mut out = Vec::new();
+        match job {
+            Job::Stop => return,
+            Job::Probe(id) => {
+                let open = prober.database_open().ok();
+                if let Some(guard) = lock(&shared.state).guard.as_mut() {
+                    guard.probed(shared.now(), id, open, &mut out);
+                }
+            }
+            Job::CheckFlush(id, since) => {
+                let honest = prober.flush_was_honest(shared.start + since);
+                if let Some(guard) = lock(&shared.state).guard.as_mut() {
+                    guard.flush_checked(shared.now(), id, honest, &mut out);
+                }
+            }
+        }
+        shared.act(out);
+        // A new deadline may be nearer than what the I/O thread sleeps for.
+        shared.wake_io();
     }
 }
