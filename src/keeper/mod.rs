@@ -10,7 +10,7 @@
 mod causes;
 pub mod client;
 pub mod control;
-mod fuse;
+pub mod fuse;
 pub mod guard;
 pub mod log;
 pub mod path;

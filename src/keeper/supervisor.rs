@@ -136,8 +136,8 @@ pub(crate) struct Shared {
     events: Sender<Event>,
     board: Mutex<Board>,
     changed: Condvar,
-    /// Held while the FUSE file is mounted or unmounted, and while a stop looks whether it is.
-    mounting: Mutex<()>,
+    /// Whether this keeper has mounted the FUSE file. Held while it mounts or unmounts, and while a stop looks.
+    mounting: Mutex<bool>,
     restarts: AtomicU64,
     /// Clients of `stop` that have not been sent their last line.
     stop_clients: AtomicU64,
@@ -747,15 +747,15 @@ impl Supervisor {
 
     fn stop(&mut self, options: StopOptions, reply: Sender<Answer>) {
         {
-            let _mounting = lock(&self.shared.mounting);
-            if self.shared.fuse_mounted() {
+            let mut ours = lock(&self.shared.mounting);
+            if self.shared.still_mounted(&mut ours) {
                 if !options.even_if_mounted {
                     let e = Error::new(Kind::Busy, "the volume's FUSE file is still mounted")
                         .hint("detach the volume: zerofsctl detach VOLUME");
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }
-                if let Err(e) = self.shared.unmount(options.force) {
+                if let Err(e) = self.shared.unmount(&mut ours, options.force) {
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }
@@ -1051,7 +1051,7 @@ impl Shared {
                 stopping: false,
             }),
             changed: Condvar::new(),
-            mounting: Mutex::new(()),
+            mounting: Mutex::new(false),
             restarts: AtomicU64::new(0),
             stop_clients: AtomicU64::new(0),
         }
@@ -1094,20 +1094,31 @@ impl Shared {
         self.config.run_dir.join(FUSE_DIR)
     }
 
-    /// As the kernel sees it, whoever mounted or unmounted it.
-    fn fuse_mounted(&self) -> bool {
-        super::is_mount_point(&self.fuse_dir())
+    /// Whether we mounted it and nobody has unmounted it since.
+    fn still_mounted(&self, ours: &mut bool) -> bool {
+        *ours = *ours && super::is_mount_point(&self.fuse_dir());
+        *ours
     }
 
-    fn unmount(&self, force: bool) -> Result<()> {
-        match self.data.unmount_fuse() {
-            Err(e) if force => {
-                warn!("{e}; detaching it");
-                let dir = self.fuse_dir();
-                nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH).doing("unmount", &dir)
+    fn fuse_mounted(&self) -> bool {
+        self.still_mounted(&mut lock(&self.mounting))
+    }
+
+    fn unmount(&self, ours: &mut bool, force: bool) -> Result<()> {
+        let dir = self.fuse_dir();
+        if self.still_mounted(ours) {
+            match self.data.unmount_fuse() {
+                Ok(()) => *ours = false,
+                Err(e) if force => warn!("{e}; detaching it"),
+                Err(e) => return Err(e),
             }
-            result => result,
         }
+        // Ours, detached from its users by force; or one of a keeper that was killed, which answers nobody.
+        if super::is_mount_point(&dir) {
+            nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH).doing("unmount", &dir)?;
+        }
+        *ours = false;
+        Ok(())
     }
 
     fn status(&self) -> Status {
@@ -1165,16 +1176,21 @@ impl Shared {
 
     fn mount(&self) -> Result<()> {
         self.raise()?;
-        let _mounting = lock(&self.mounting);
+        let mut ours = lock(&self.mounting);
         if lock(&self.board).stopping {
             return Err(stopping_error());
         }
-        if self.fuse_mounted() {
+        if self.still_mounted(&mut ours) {
             return Ok(());
         }
+        // One that a killed keeper left behind, or that somebody unmounted behind our back.
+        self.unmount(&mut ours, true)?;
+        self.data.unmount_fuse()?;
         let dir = self.fuse_dir();
         std::fs::create_dir_all(&dir).doing("make", &dir)?;
-        self.data.mount_fuse(&dir)
+        self.data.mount_fuse(&dir)?;
+        *ours = true;
+        Ok(())
     }
 }
 
@@ -1195,13 +1211,7 @@ impl Handler for Shared {
                 self.wait_ready(limit).map(|s| Answer::Status(Box::new(s)))
             }
             Request::Connect => self.mount().map(|()| Answer::Done),
-            Request::Disconnect => {
-                let _mounting = lock(&self.mounting);
-                if self.fuse_mounted() {
-                    self.unmount(false)?;
-                }
-                Ok(Answer::Done)
-            }
+            Request::Disconnect => self.unmount(&mut lock(&self.mounting), false).map(|()| Answer::Done),
             Request::Flush => self.data.flush().map(|()| Answer::Done),
             Request::Resize => self.data.resize().map(|bytes| Answer::Size { bytes }),
             Request::Replay => self.raise().map(Answer::Replayed),

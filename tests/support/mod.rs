@@ -8,6 +8,7 @@
 pub mod dir;
 pub mod fio;
 pub mod http;
+pub mod keeper;
 pub mod moto;
 pub mod proxy;
 pub mod zerofs;
