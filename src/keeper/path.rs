@@ -936,7 +936,9 @@ impl Receiver {
         shared.act(out);
         if self.buffers.iter().any(|b| b.bytes.len() > RECEIVE || shared.conn(b.conn).is_none()) {
             self.buffers.retain(|b| shared.conn(b.conn).is_some());
-            for buffer in self.buffers.iter_mut().filter(|b| b.filled <= RECEIVE) {
+            // Never so short that it is full: the rest of a long answer would find no room, and a receive of
+            // nothing looks like the end of the connection.
+            for buffer in self.buffers.iter_mut().filter(|b| b.filled < RECEIVE) {
                 buffer.bytes.truncate(RECEIVE);
                 buffer.bytes.shrink_to_fit();
             }
