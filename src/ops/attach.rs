@@ -33,6 +33,24 @@ pub struct AttachSpec {
 }
 
 impl AttachSpec {
+    /// A read-write mount with every default.
+    pub fn plain(volume: VolumeId, target: TargetPath, storage_url: String) -> AttachSpec {
+        AttachSpec {
+            volume,
+            target,
+            storage_url,
+            size: None,
+            fs: None,
+            mount_options: Vec::new(),
+            read_only: false,
+            block: false,
+            transport: Transport::default(),
+            take_over: false,
+            keeper: KeeperOptions::default(),
+            stop: StopOptions::default(),
+        }
+    }
+
     /// The plan. Pure: it looks at nothing.
     pub fn plan(&self) -> Plan {
         let mut tasks = prepare(self);
@@ -71,6 +89,18 @@ pub(super) fn prepare(spec: &AttachSpec) -> Vec<Task> {
     .into_iter()
     .map(Task::apply)
     .collect()
+}
+
+/// What `prepare` made, taken down again.
+pub(super) fn takedown(prepared: &[Task]) -> Vec<Task> {
+    prepared
+        .iter()
+        .rev()
+        .filter(|t| {
+            matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
+        })
+        .map(|t| Task::undo(t.step.clone()))
+        .collect()
 }
 
 /// Attaches; a second time it is `already`, and at another target it is a second mount.
