@@ -284,7 +284,8 @@ impl Supervisor {
         info!("ZeroFS {exit}");
         match self.phase {
             Phase::Terminating => {
-                if exit != Exit::Code(0)
+                // Of an adopted one nobody tells us.
+                if !matches!(exit, Exit::Code(0) | Exit::Unknown)
                     && self.answered
                     && let Some(stopping) = &mut self.stopping
                 {
