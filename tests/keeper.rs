@@ -16,6 +16,7 @@ use zerofsctl::error::Kind;
 use zerofsctl::host::cgroup::Limits;
 use zerofsctl::keeper::client::KeeperClient;
 use zerofsctl::keeper::control::{State, StopOptions};
+use zerofsctl::keeper::process::Identity;
 use zerofsctl::keeper::{Spawned, find_zerofs, spawn};
 use zerofsctl::zerofs::config::Aws;
 use zerofsctl::zerofs::ninep;
@@ -178,6 +179,32 @@ fn a_killed_keeper_leaves_a_zerofs_that_the_next_one_adopts() {
         fourth.state == State::Ready && fourth.zerofs.is_some() && fourth.zerofs != first.zerofs
     });
     assert!(!first.zerofs.unwrap().is_alive());
+    stop(&v.config);
+}
+
+#[test]
+fn a_keeper_killed_at_any_moment_of_its_start_leaves_what_the_next_one_can_take_over() {
+    let v = Volume::new();
+    for round in 0..support::rounds(12) {
+        let keeper = start(&v.config).keeper;
+        std::thread::sleep(Duration::from_millis(u64::from(round) * 37 % 300));
+        signal(keeper.pid, Signal::SIGKILL);
+    }
+    // Even between the decision to start ZeroFS and its start, while the command that started it is gone too.
+    for pause in [0, 1, 2, 3, 4, 5, 7, 10] {
+        let config = v.config.clone();
+        let starter = std::thread::spawn(move || spawn(&program(), &config, LONG));
+        std::thread::sleep(Duration::from_millis(pause));
+        if let Some(keeper) = Identity::read(&v.config.run_dir.join("keeper.pid")).filter(Identity::is_alive)
+        {
+            signal(keeper.pid, Signal::SIGKILL);
+        }
+        // Killed or not: either is fine.
+        let _ = starter.join().unwrap();
+    }
+    let status = ready(&v.config);
+    assert_eq!(status.state, State::Ready);
+    assert_eq!(find_zerofs(&v.config.run_dir).len(), 1);
     stop(&v.config);
 }
 

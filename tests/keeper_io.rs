@@ -202,7 +202,9 @@ fn root_the_watchdogs_kills_are_stalls_too() {
 
 /// Fills one 4 KiB block with a number that depends on its place and on `salt`.
 fn block(index: u64, salt: u64) -> Vec<u8> {
-    (0..512u64).flat_map(|i| (index.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (salt << 32) ^ i).to_le_bytes()).collect()
+    (0..512u64)
+        .flat_map(|i| (index.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (salt << 32) ^ i).to_le_bytes())
+        .collect()
 }
 
 #[repr(align(4096))]
@@ -373,6 +375,10 @@ fn outage(seconds: u64, mode: Mode) {
     run_.finish(LONG).assert_clean();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     assert!(fs::read(dir.join("old")).unwrap() == old);
+    let restarts = client(&v.config).status().unwrap().restarts;
+    if mode == Mode::Refuse && seconds >= 5 {
+        assert!(restarts > 0, "ZeroFS cannot have survived that:\n{}", v.logs());
+    }
     let stats = disk.detach();
     assert_eq!(stats.errors, 0, "{stats:?}");
 }
