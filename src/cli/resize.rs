@@ -5,7 +5,6 @@ use super::{Context, StorageArgs, attach, detach};
 use crate::error::Result;
 use crate::ops;
 use crate::report::Report;
-use crate::run::Engine;
 use crate::values::ByteSize;
 
 /// Grow an attached volume, its device and its filesystem, online
@@ -36,7 +35,7 @@ pub fn run(args: &ResizeArgs, context: &Context) -> Result<Report> {
             &ops::resize::preview(&host, &dirs.run, &volume, size)?,
         ));
     }
-    let engine = Engine { host: &host, observer: &context.progress };
+    let engine = context.engine(&host);
     let run = ops::resize::resize(&engine, &dirs.run, &volume, size)?;
     let already = if run.already() { "already " } else { "" };
     Ok(Report::of_run("resize", &volume, &run).summary(format!("{volume} {already}has {size}")))
