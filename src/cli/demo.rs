@@ -17,9 +17,9 @@ use crate::report::Report;
 use crate::run::{Engine, RunReport};
 use crate::values::{ByteSize, FsType, TargetPath, VolumeId};
 
-/// The whole story on this machine: create, write, detach, attach, compare, resize, check, clean up
+/// Try it out: attach, write, detach, compare, resize, check, clean up
 ///
-/// It uses the real ZeroFS on a store of its own below the state folder, a real block device and a real filesystem, and
+/// It takes the real ZeroFS, a real block device and a real filesystem, on a store of its own in the state folder, and
 /// removes everything again.
 #[derive(Debug, Clone, Args)]
 pub struct DemoArgs {
@@ -145,7 +145,7 @@ impl Demo {
         let host = self.context.host(&Self::volume()?, &StorageArgs::default(), Purpose::Start)?;
         let dirs = self.context.dirs()?;
         let url = host.catalog().url().to_string();
-        work(&Engine { host: &host, observer: &self.context.progress }, &dirs, url)
+        work(&self.context.engine(&host), &dirs, url)
     }
 
     fn attach(&mut self, mnt: &Path) -> Result<()> {

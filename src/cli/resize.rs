@@ -5,7 +5,6 @@ use super::{Context, StorageArgs, attach, detach};
 use crate::error::Result;
 use crate::ops::{self, AttachSpec};
 use crate::report::Report;
-use crate::run::Engine;
 use crate::values::{ByteSize, TargetPath};
 
 /// Grow a volume, its device and its filesystem: online when it is attached
@@ -45,7 +44,7 @@ pub fn run(args: &ResizeArgs, context: &Context) -> Result<Report> {
             &ops::resize::preview(&host, &dirs.run, &spec, size)?,
         ));
     }
-    let engine = Engine { host: &host, observer: &context.progress };
+    let engine = context.engine(&host);
     let run = ops::resize::resize(&engine, &dirs.run, &spec, size)?;
     let already = if run.already() { "already " } else { "" };
     Ok(Report::of_run("resize", &volume, &run).summary(format!("{volume} {already}has {size}")))

@@ -245,6 +245,10 @@ impl Observe for FakeHost {
         Ok(self.world.borrow().record.as_ref().filter(|r| r.owned).map(claimed))
     }
 
+    fn claim_absent(&self, volume: &VolumeId) -> Result<bool> {
+        self.claim(volume).map(|c| c.is_none())
+    }
+
     fn config_present(&self, _: &VolumeId) -> Result<bool> {
         Ok(self.world.borrow().config)
     }

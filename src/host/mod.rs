@@ -192,6 +192,8 @@ impl Default for StopOptions {
 pub trait Observe {
     /// Our claim on the volume, if we hold it.
     fn claim(&self, volume: &VolumeId) -> Result<Option<Claimed>>;
+    /// Whether nothing is left of a claim: it is not ours in the catalog, and nothing is kept to release it with.
+    fn claim_absent(&self, volume: &VolumeId) -> Result<bool>;
     /// Whether the config on disk is the one that we would write.
     fn config_present(&self, volume: &VolumeId) -> Result<bool>;
     /// Whether anything of the volume's state folder exists.

@@ -103,6 +103,27 @@ pub(super) fn takedown(prepared: &[Task]) -> Vec<Task> {
         .collect()
 }
 
+/// Refuses a target that cannot be right before anything is begun: nobody wants a volume made and formatted for a
+/// typing error. The last step looks again, closer.
+fn check_target(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<()> {
+    use crate::host::TargetView;
+    let device = host.device(&spec.volume)?.device.map(|d| d.path);
+    let target = &spec.target;
+    let error = match host.target(target)? {
+        TargetView::Missing => return Ok(()),
+        TargetView::Other { link: Some(to) } if spec.block && Some(&to) == device.as_ref() => return Ok(()),
+        _ if spec.block => step::target::occupied(target),
+        TargetView::EmptyFolder => return Ok(()),
+        TargetView::FullFolder => step::target::not_empty(target),
+        TargetView::Other { .. } => step::target::not_a_folder(target),
+        TargetView::MountPoint(entry) => match device {
+            Some(device) if Path::new(&entry.source) == device => return Ok(()),
+            _ => step::target::mounted(target, &entry),
+        },
+    };
+    Err(error.on(&spec.volume))
+}
+
 /// Attaches; a second time it is `already`, and at another target it is a second mount.
 pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<RunReport> {
     let plan = spec.plan();
@@ -111,6 +132,7 @@ pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<
         engine.settle(&mut journal, Some(&plan))?;
         // A resumed run takes care of itself; the probes of its steps find a dead device.
         clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
+        check_target(engine.host, spec)?;
         let facts = journal.standing().facts.carried();
         engine.run(&mut journal, plan, facts)
     })();
@@ -134,5 +156,6 @@ fn clear_wreck_of_resumed(engine: &Engine<'_>, journal: &mut Journal, volume: &V
 
 /// The dry run of an attach.
 pub fn preview(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<Vec<crate::run::Preview>> {
+    check_target(host, spec)?;
     crate::run::preview(host, &spec.plan(), Facts::default())
 }

@@ -36,17 +36,33 @@ impl FsckSpec {
     }
 }
 
+/// The dry run of a check.
+pub fn preview(
+    host: &dyn crate::host::Observe,
+    run_dir: &Path,
+    spec: &FsckSpec,
+) -> Result<Vec<crate::run::Preview>> {
+    let volume = &spec.attach.volume;
+    require_detached(&Standing::of(&Journal::peek(run_dir, volume)?.unwrap_or_default()), volume)?;
+    crate::run::preview(host, &spec.plan(), Facts::default())
+}
+
+fn require_detached(standing: &Standing, volume: &VolumeId) -> Result<()> {
+    if standing.claimed {
+        return Err(Error::new(Kind::Busy, "it is attached on this node")
+            .on(volume)
+            .hint(format!("a check needs it detached: zerofsctl detach {volume}")));
+    }
+    Ok(())
+}
+
 /// Checks a volume that is not attached.
 pub fn fsck(engine: &Engine<'_>, run_dir: &Path, spec: &FsckSpec) -> Result<RunReport> {
     let volume = &spec.attach.volume;
     let mut journal = Journal::open(run_dir, volume)?;
     let result = (|| {
         engine.settle(&mut journal, None)?;
-        if journal.standing().claimed {
-            return Err(Error::new(Kind::Busy, "it is attached on this node")
-                .on(volume)
-                .hint(format!("a check needs it detached: zerofsctl detach {volume}")));
-        }
+        require_detached(&journal.standing(), volume)?;
         engine.run(&mut journal, spec.plan(), Facts::default())
     })();
     journal.close()?;

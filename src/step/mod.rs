@@ -27,6 +27,7 @@ mod probe_signature;
 mod read_data;
 mod replay;
 mod start;
+pub(crate) mod target;
 mod write_config;
 
 pub use check::Check;
