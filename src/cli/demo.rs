@@ -15,8 +15,7 @@ use crate::host::linux::Dirs;
 use crate::ops::{self, AttachSpec, Scope};
 use crate::report::Report;
 use crate::run::{Engine, RunReport};
-use crate::step::Transport;
-use crate::values::{ByteSize, TargetPath, VolumeId};
+use crate::values::{ByteSize, FsType, TargetPath, VolumeId};
 
 /// Try it out: attach, write, detach, compare, resize, check, clean up
 ///
@@ -101,7 +100,13 @@ impl Demo {
         self.detach()?;
         self.attach(&mnt)?;
         self.timed("compare", "read it back and compare", || compare(&file, &written))?;
-        self.resize()?;
+        // Online where the machine permits it, else between a detach and an attach.
+        let online = self.with(|engine, _, _| Ok(engine.host.can_grow_mounted(FsType::Ext4).is_ok()))?;
+        if !online {
+            self.detach()?;
+        }
+        self.resize(&mnt)?;
+        self.attach(&mnt)?;
         self.timed("compare", "read it back and compare", || compare(&file, &written))?;
         self.detach()?;
         self.fsck(&mnt)?;
@@ -133,20 +138,7 @@ impl Demo {
     }
 
     fn spec(&self, mnt: &Path, url: String) -> Result<AttachSpec> {
-        Ok(AttachSpec {
-            volume: Self::volume()?,
-            target: TargetPath::new(mnt, &self.context.cwd)?,
-            storage_url: url,
-            size: None,
-            fs: None,
-            mount_options: vec![],
-            read_only: false,
-            block: false,
-            transport: Transport::Auto,
-            take_over: false,
-            keeper: Default::default(),
-            stop: Default::default(),
-        })
+        Ok(AttachSpec::plain(Self::volume()?, TargetPath::new(mnt, &self.context.cwd)?, url))
     }
 
     fn with<T>(&mut self, work: impl FnOnce(&Engine<'_>, &Dirs, String) -> Result<T>) -> Result<T> {
@@ -176,10 +168,11 @@ impl Demo {
         Ok(())
     }
 
-    fn resize(&mut self) -> Result<()> {
-        let volume = Self::volume()?;
-        let run = self.with(|engine, dirs, _| {
-            ops::resize::resize(engine, &dirs.run, &volume, ByteSize(2 * ByteSize::GIB))
+    fn resize(&mut self, mnt: &Path) -> Result<()> {
+        let spec = self.spec(mnt, String::new())?;
+        let run = self.with(|engine, dirs, storage_url| {
+            let spec = AttachSpec { storage_url, ..spec };
+            ops::resize::resize(engine, &dirs.run, &spec, ByteSize(2 * ByteSize::GIB))
         })?;
         self.add("resize", &run);
         Ok(())

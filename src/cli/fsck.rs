@@ -7,7 +7,6 @@ use super::{Context, StorageArgs};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{self, AttachSpec};
 use crate::report::Report;
-use crate::step::Transport;
 use crate::values::{ByteSize, Slice, TargetPath, VolumeId};
 
 /// Check the filesystem of a detached volume; repair it with --repair
@@ -50,20 +49,11 @@ pub fn run(args: &FsckArgs, context: &Context) -> Result<Report> {
     let dirs = context.dirs()?;
     let host = context.host(&volume, &args.storage, Purpose::Start).map_err(|e| e.on(&volume))?;
     let spec = ops::fsck::FsckSpec {
-        attach: AttachSpec {
-            volume: volume.clone(),
-            target: TargetPath::new(&dirs.volume_run(&volume), &context.cwd)?,
-            storage_url: host.catalog().url().to_string(),
-            size: None,
-            fs: None,
-            mount_options: vec![],
-            read_only: !args.repair,
-            block: false,
-            transport: Transport::Auto,
-            take_over: false,
-            keeper: Default::default(),
-            stop: Default::default(),
-        },
+        attach: AttachSpec::plain(
+            volume.clone(),
+            TargetPath::new(&dirs.volume_run(&volume), &context.cwd)?,
+            host.catalog().url().to_string(),
+        ),
         repair: args.repair,
         read_data,
     };

@@ -309,6 +309,10 @@ impl Observe for FakeHost {
         Ok(self.world.borrow().users.clone())
     }
 
+    fn can_grow_mounted(&self, _: FsType) -> Result<()> {
+        Ok(())
+    }
+
     fn filesystem_fills_device(&self, device: &Device, _: FsType, _: &Path) -> Result<bool> {
         let w = self.world.borrow();
         Ok(w.disk.as_ref().and_then(|d| d.filesystem.as_ref()).is_some_and(|f| f.size == device.size))
@@ -581,6 +585,16 @@ impl Host for FakeHost {
 
     fn grow_filesystem(&self, device: &Device, _: FsType, _: &Path) -> Result<()> {
         self.change(|w| {
+            if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
+                f.size = device.size;
+            }
+            Ok(())
+        })
+    }
+
+    fn grow_unmounted(&self, device: &Device) -> Result<()> {
+        self.change(|w| {
+            assert!(w.mounts.is_empty(), "grown as if it were unmounted");
             if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
                 f.size = device.size;
             }

@@ -673,6 +673,23 @@ impl Observe for LinuxHost {
         users::of_device(device)
     }
 
+    fn can_grow_mounted(&self, fs: FsType) -> Result<()> {
+        const CAP_SYS_RESOURCE: u64 = 1 << 24;
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let effective = status
+            .lines()
+            .find_map(|l| l.strip_prefix("CapEff:"))
+            .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+            .unwrap_or(u64::MAX);
+        if fs == FsType::Ext4 && effective & CAP_SYS_RESOURCE == 0 {
+            return Err(Error::environment(
+                "growing an ext4 while it is mounted needs CAP_SYS_RESOURCE, which this process lacks",
+            )
+            .hint("detach it, then resize it: a detached volume grows without that"));
+        }
+        Ok(())
+    }
+
     fn filesystem_fills_device(&self, device: &Device, fs: FsType, target: &Path) -> Result<bool> {
         super::fssize::fills(device, fs, target)
     }
@@ -1018,6 +1035,17 @@ impl Host for LinuxHost {
         }
         .success()
         .map(drop)
+    }
+
+    fn grow_unmounted(&self, device: &Device) -> Result<()> {
+        let path = device.path.as_os_str();
+        // resize2fs insists on a fresh full check.
+        let check = Program::E2fsck.run(&[OsStr::new("-f"), OsStr::new("-p"), path], None)?;
+        if !matches!(check.code, Some(0 | 1)) {
+            return Err(Error::refused(check.failure().message())
+                .hint("check it, then repair it: zerofsctl fsck VOLUME --repair"));
+        }
+        Program::Resize2fs.run(&[path], None)?.success().map(drop)
     }
 
     fn make_folder(&self, target: &TargetPath) -> Result<()> {

@@ -33,6 +33,24 @@ pub struct AttachSpec {
 }
 
 impl AttachSpec {
+    /// A read-write mount with every default.
+    pub fn plain(volume: VolumeId, target: TargetPath, storage_url: String) -> AttachSpec {
+        AttachSpec {
+            volume,
+            target,
+            storage_url,
+            size: None,
+            fs: None,
+            mount_options: Vec::new(),
+            read_only: false,
+            block: false,
+            transport: Transport::default(),
+            take_over: false,
+            keeper: KeeperOptions::default(),
+            stop: StopOptions::default(),
+        }
+    }
+
     /// The plan. Pure: it looks at nothing.
     pub fn plan(&self) -> Plan {
         let mut tasks = prepare(self);
@@ -94,6 +112,18 @@ fn check_target(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<()
     Err(error.on(&spec.volume))
 }
 
+/// What `prepare` made, taken down again.
+pub(super) fn takedown(prepared: &[Task]) -> Vec<Task> {
+    prepared
+        .iter()
+        .rev()
+        .filter(|t| {
+            matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
+        })
+        .map(|t| Task::undo(t.step.clone()))
+        .collect()
+}
+
 /// Attaches; a second time it is `already`, and at another target it is a second mount.
 pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<RunReport> {
     let plan = spec.plan();
@@ -102,7 +132,9 @@ pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<
         engine.settle(&mut journal, Some(&plan))?;
         // A resumed run takes care of itself; the probes of its steps find a dead device.
         clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
-        check_target(engine.host, spec)?;
+        if journal.open_run().is_none() {
+            check_target(engine.host, spec)?;
+        }
         let facts = journal.standing().facts.carried();
         engine.run(&mut journal, plan, facts)
     })();

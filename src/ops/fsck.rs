@@ -20,14 +20,7 @@ impl FsckSpec {
         spec.read_only = !self.repair;
         spec.block = false;
         let mut tasks = attach::prepare(&spec);
-        let down: Vec<Task> = tasks
-            .iter()
-            .rev()
-            .filter(|t| {
-                matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
-            })
-            .map(|t| Task::undo(t.step.clone()))
-            .collect();
+        let down = attach::takedown(&tasks);
         for task in &mut tasks {
             if let Step::Claim(claim) = &mut task.step {
                 claim.must_exist = true;

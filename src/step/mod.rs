@@ -19,6 +19,7 @@ mod format;
 mod grow_device;
 mod grow_disk;
 mod grow_filesystem;
+mod grow_unmounted;
 mod link;
 mod mount;
 mod preen;
@@ -37,6 +38,7 @@ pub use format::Format;
 pub use grow_device::GrowDevice;
 pub use grow_disk::GrowDisk;
 pub use grow_filesystem::GrowFilesystem;
+pub use grow_unmounted::GrowUnmounted;
 pub use link::Link;
 pub use mount::Mount;
 pub use preen::Preen;
@@ -116,6 +118,8 @@ steps! {
     GrowDevice,
     /// The filesystem has it.
     GrowFilesystem,
+    /// An ext4 has it while it is not mounted.
+    GrowUnmounted,
     /// The filesystem was checked.
     Check,
     /// The data was read.
