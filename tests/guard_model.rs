@@ -179,7 +179,7 @@ impl Server {
                     // Some chunks after the first may still be in a cache.
                     data = bytes(&self.volatile[range.clone()]);
                     for (i, block) in range.enumerate() {
-                        if block < 512 || ((header.cookie >> 32) + (block / 512) as u64) % 3 != 0 {
+                        if block < 512 || !((header.cookie >> 32) + (block / 512) as u64).is_multiple_of(3) {
                             data[i * BLOCK..(i + 1) * BLOCK].fill(0);
                         }
                     }

@@ -169,7 +169,7 @@ fn matrix(case: &Case, every: usize) {
             // By default the victims and the follow-ups go round, each at its own pace.
             for variant in 0..if all { VICTIMS.len() * FOLLOW_UPS.len() } else { 1 } {
                 round += 1;
-                if !all && round % every != 0 {
+                if !all && !round.is_multiple_of(every) {
                     continue;
                 }
                 let turn = if all { variant } else { round / every };
