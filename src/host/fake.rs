@@ -333,6 +333,13 @@ impl Host for FakeHost {
     fn take_claim(&self, _: &VolumeId, request: &ClaimRequest) -> Result<Claimed> {
         self.change(|w| {
             let default = ByteSize(ByteSize::GIB);
+            if w.record.is_none() && request.must_exist {
+                return Err(Error::new(
+                    Kind::NotFound,
+                    format!("there is no such volume in {}", request.storage_url),
+                )
+                .hint(format!("see what there is: zerofsctl list --storage-url {}", request.storage_url)));
+            }
             let record = w.record.get_or_insert_with(|| Record {
                 capacity: request.size.unwrap_or(default),
                 fs: request.fs,

@@ -135,6 +135,8 @@ pub struct Parts {
     pub program: PathBuf,
     /// The name of this node.
     pub node: String,
+    /// Only looks: a state folder that is not there is not made.
+    pub only_looks: bool,
     /// For long operations.
     pub progress: Progress,
 }
@@ -142,8 +144,8 @@ pub struct Parts {
 impl LinuxHost {
     /// Puts the parts together. Nothing is looked at yet but this machine's identity.
     pub fn new(parts: Parts) -> Result<LinuxHost> {
-        let Parts { dirs, storage, settings, password, zerofs, program, node, progress } = parts;
-        let owner = owner(&dirs, node)?;
+        let Parts { dirs, storage, settings, password, zerofs, program, node, only_looks, progress } = parts;
+        let owner = owner(&dirs, node, only_looks)?;
         let catalog = crate::catalog::open(&storage.url, &storage.s3)?;
         Ok(LinuxHost {
             dirs,
@@ -521,7 +523,7 @@ pub fn version_of(program: &Path) -> Result<Version> {
 }
 
 /// Who we are in the catalog: one state root on one machine.
-fn owner(dirs: &Dirs, node: String) -> Result<Owner> {
+fn owner(dirs: &Dirs, node: String, only_looks: bool) -> Result<Owner> {
     let path = dirs.state.join("instance");
     let instance = match std::fs::read_to_string(&path) {
         Ok(text) if text.trim().len() == 32 => text.trim().to_owned(),
@@ -529,6 +531,8 @@ fn owner(dirs: &Dirs, node: String) -> Result<Owner> {
             return Err(Error::refused(format!("{} is damaged", path.display()))
                 .hint("without it we cannot tell our volumes from others': restore it from a backup"));
         }
+        // Nothing can be ours yet: an id that nobody has says so.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && only_looks => new_instance(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => make_instance(dirs, &path)?,
         Err(e) => return Err(e).doing("read", &path),
     };
@@ -544,9 +548,13 @@ fn owner(dirs: &Dirs, node: String) -> Result<Owner> {
     })
 }
 
+fn new_instance() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
 fn make_instance(dirs: &Dirs, path: &Path) -> Result<String> {
     private_folder(&dirs.state)?;
-    let id = format!("{:032x}", rand::random::<u128>());
+    let id = new_instance();
     let mut new = tempfile::NamedTempFile::new_in(&dirs.state).doing("make a file in", &dirs.state)?;
     std::io::Write::write_all(&mut new, id.as_bytes()).doing("write", path)?;
     new.as_file().sync_all().doing("sync", path)?;
