@@ -475,18 +475,43 @@ impl LinuxHost {
         })
     }
 
+    /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only
+    /// for what may be done twice.
+    fn served<T>(&self, volume: &VolumeId, ask: impl Fn() -> Result<T>) -> Result<T> {
+        for _ in 0..3 {
+            let error = match ask() {
+                Err(e) if e.kind() == Kind::Unreachable => e,
+                other => return other,
+            };
+            let Ok(mut client) = self.client(volume) else { return Err(error) };
+            // The keeper needs a moment to notice the death, too.
+            std::thread::sleep(Duration::from_millis(20));
+            client.wait_ready(START_LIMIT)?;
+        }
+        ask()
+    }
+
+    /// What a keeper makes in the run folder, by name; not the log, which may hold what nobody else has.
+    fn keeper_names() -> [&'static str; 8] {
+        [
+            keeper::CONFIG,
+            keeper::PID_FILE,
+            "keeper.lock",
+            control::SOCKET,
+            "zerofs.pid",
+            config::NINEP_SOCKET,
+            config::NBD_SOCKET,
+            config::RPC_SOCKET,
+        ]
+    }
+
     /// Removes what a stopped keeper leaves in the run folder; each by its name, nothing else.
     fn clean_run_folder(&self, volume: &VolumeId) -> Result<()> {
         let folder = self.dirs.volume_run(volume);
         let (fuse, _) = self.dirs.fuse(volume);
         remove(std::fs::remove_dir(&fuse), &fuse)?;
         let log_is_empty = self.left_behind(volume)? == 0;
-        let mut names = vec![keeper::CONFIG, keeper::PID_FILE, "keeper.lock", control::SOCKET, "zerofs.pid"];
-        names.extend([config::NINEP_SOCKET, config::NBD_SOCKET, config::RPC_SOCKET]);
-        if log_is_empty {
-            names.push(log::FILE_NAME);
-        }
-        for name in names {
+        for name in Self::keeper_names().into_iter().chain(log_is_empty.then_some(log::FILE_NAME)) {
             let path = folder.join(name);
             remove(std::fs::remove_file(&path), &path)?;
         }
@@ -635,8 +660,16 @@ impl Observe for LinuxHost {
         })
     }
 
+    fn keeper_files(&self, volume: &VolumeId) -> Result<bool> {
+        let folder = self.dirs.volume_run(volume);
+        let (fuse, _) = self.dirs.fuse(volume);
+        let mut names = Self::keeper_names().into_iter().chain([log::FILE_NAME]);
+        Ok(fuse.exists() || names.any(|name| folder.join(name).exists()))
+    }
+
     fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>> {
-        Ok(ninep::disk_size(&self.dirs.volume_run(volume), EXPORT)?.map(ByteSize))
+        let folder = self.dirs.volume_run(volume);
+        Ok(self.served(volume, || ninep::disk_size(&folder, EXPORT))?.map(ByteSize))
     }
 
     fn device(&self, volume: &VolumeId) -> Result<DeviceView> {
@@ -817,15 +850,18 @@ impl Host for LinuxHost {
     }
 
     fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
-        ninep::create_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::create_disk(&folder, EXPORT, size.bytes()))
     }
 
     fn remove_disk(&self, volume: &VolumeId) -> Result<()> {
-        ninep::unlink_disk(&self.dirs.volume_run(volume), EXPORT).map(drop)
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::unlink_disk(&folder, EXPORT)).map(drop)
     }
 
     fn grow_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
-        ninep::grow_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::grow_disk(&folder, EXPORT, size.bytes()))
     }
 
     fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)> {

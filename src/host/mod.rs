@@ -200,6 +200,10 @@ pub trait Observe {
     fn config_absent(&self, volume: &VolumeId) -> Result<bool>;
     /// The keeper and its ZeroFS.
     fn keeper(&self, volume: &VolumeId) -> Result<KeeperView>;
+    /// Whether sockets, pid files or an empty log of a keeper that is gone are still there.
+    fn keeper_files(&self, _: &VolumeId) -> Result<bool> {
+        Ok(false)
+    }
     /// Size of the disk inside ZeroFS; none when there is no disk. Needs a running ZeroFS.
     fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>>;
     /// The FUSE mount and the loop device.

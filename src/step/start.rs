@@ -57,7 +57,9 @@ impl Act for Start {
     }
 
     fn is_undone(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Observe) -> Result<bool> {
-        Ok(host.keeper(volume)? == KeeperView::Dead { orphan: false, left_behind: 0 })
+        // A keeper that was killed could not tidy up after itself.
+        let gone = host.keeper(volume)? == KeeperView::Dead { orphan: false, left_behind: 0 };
+        Ok(gone && !host.keeper_files(volume)?)
     }
 
     fn undo(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Host) -> Result<()> {
