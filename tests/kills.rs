@@ -207,7 +207,7 @@ impl Lab {
         for name in ["keeper.log", "zerofs.log"] {
             let text = fs::read_to_string(self.dir.join("s/logs/vol1").join(name)).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
-            let last = lines[lines.len().saturating_sub(60)..].join("\n");
+            let last = lines[lines.len().saturating_sub(25)..].join("\n");
             let _ = write!(all, "--- {name} ---\n{last}\n");
         }
         all
@@ -380,6 +380,17 @@ impl Ledger {
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(())
+    }
+
+    /// Takes what is there now for what is promised.
+    fn settle(&mut self) {
+        let content = fs::read(&self.path).expect("the ledger can be read");
+        for (written, block) in self.blocks.iter_mut().zip(content.chunks(BLOCK)) {
+            let generation = u64::from_le_bytes(block[8..16].try_into().expect("eight bytes"));
+            *written = Written { synced: generation, acknowledged: generation, tried: written.tried };
+        }
+        self.times.clear();
+        self.error = None;
     }
 
     /// Reads all of it past the page cache; what is not as promised.
@@ -627,4 +638,217 @@ fn root_without_the_replay_log_the_same_load_fails() {
         }
     }
     panic!("no loss was seen in {TRIES} tries: the load cannot see what the replay log is for");
+}
+
+// ---- An object store that goes away.
+
+/// Two files whose data is in the store and nowhere else: one to be read, one to be overwritten in small pieces,
+/// which ZeroFS can do only after it has read what is around them. In the middle of that the store refuses
+/// connections for `outage`.
+fn outage(outage: Duration, rng: &mut StdRng) {
+    let name = format!("store away for {outage:?}");
+    let lab = Lab::on_s3();
+    lab.attach();
+    fio(&lab, "cold").set("rw", "write").set("do_verify", 0).set("end_fsync", 1).run(LIMIT).assert_clean();
+    let ledger = Ledger::new(lab.target().join("ledger"), 4096);
+    // Takes the cache away too.
+    lab.detach();
+    lab.attach();
+
+    let writing = ledger.start(rng.random(), if rng.random() { 0 } else { 20 });
+    let mut reads = reading(fio(&lab, "cold"), true).set("rate_iops", 300).start();
+    std::thread::sleep(rng.random_range(SECOND / 4..SECOND));
+    let began = Instant::now();
+    lab.proxy().interrupt(Mode::Refuse, outage);
+    std::thread::sleep(SECOND);
+    lab.wait_ready();
+    let mut faults = Vec::new();
+    wait_until("the reads are done", LIMIT, || !reads.running());
+    judge("cold reads", &reads.finish(LIMIT), &mut faults);
+    let ledger = writing.stop();
+    let longest = ledger.times.iter().map(|(began, ended)| *ended - *began).max().unwrap_or_default();
+    let after = ledger.times.iter().filter(|(b, _)| *b > began + outage).count();
+    faults.extend(ledger.error.clone());
+    let mut look = |when: &str| {
+        if let Err(e) = drop_caches(&lab.target()) {
+            faults.push(format!("sync {when}: {e}"));
+        }
+        let mut found = ledger.check(Promise::Acknowledged);
+        judge("reading again", &reading(fio(&lab, "cold"), false).run(LIMIT), &mut found);
+        found.extend(lab.faults());
+        faults.extend(found.into_iter().map(|f| format!("{when}: {f}")));
+    };
+    look("on the same mount");
+    let restarts = lab.status()["restarts"].clone();
+    let zeros = lab.status()["stats"]["zero_reads_checked"].clone();
+    // Once more from the store alone: zeros that were stored would be there now.
+    lab.detach();
+    lab.attach();
+    look("after another attach");
+    assert!(faults.is_empty(), "{name}: {faults:#?}\n{}", lab.logs());
+    assert!(after > 0, "{name}: nothing was written after the outage");
+    println!(
+        "{name}: {} writes ({} fsyncs), longest {longest:.2?}, {restarts} restarts, {zeros} zero reads asked about",
+        ledger.times.len(),
+        ledger.syncs
+    );
+    lab.detach();
+}
+
+#[test]
+fn root_a_store_that_refuses_connections_is_a_stall_and_nothing_else() {
+    let mut rng = rng("outages");
+    // The first two are what a restart of the store's gateway takes.
+    for seconds in [2, 5] {
+        for _ in 0..rounds(1) {
+            outage(Duration::from_secs(seconds), &mut rng);
+        }
+    }
+    if rounds(1) > 1 {
+        for _ in 0..rounds(1).div_ceil(3) {
+            outage(Duration::from_secs(60), &mut rng);
+        }
+    }
+}
+
+// ---- Everything dies.
+
+/// Kills the keeper and ZeroFS, in any order.
+fn kill_both(lab: &Lab, rng: &mut StdRng) {
+    let (keeper, zerofs) = (lab.keeper(), lab.next_zerofs(None));
+    let order = if rng.random() { [keeper, zerofs] } else { [zerofs, keeper] };
+    for pid in order {
+        // With the keeper gone first nobody starts another ZeroFS; the other way round the keeper has no time to.
+        kill(pid, Signal::SIGKILL).expect("it runs");
+    }
+    wait_until("both have ended", LIMIT, || {
+        order.iter().all(|pid| !Path::new("/proc").join(pid.to_string()).join("exe").exists())
+    });
+}
+
+#[test]
+fn root_what_was_acknowledged_survives_the_death_of_everything() {
+    let count = rounds(2);
+    let mut rng = rng("everything");
+    let (mut replayed, mut writes) = (0, 0);
+    let lab = Lab::new(&[]);
+    lab.attach();
+    let mut ledger = Ledger::new(lab.target().join("ledger"), 1024);
+    for n in 0..count {
+        let sync_every = if n % 2 == 0 { 10 } else { 0 };
+        let run = ledger.start(rng.random(), sync_every);
+        let load = writing(fio(&lab, &format!("load{n}")), n % 2 == 1, 8).set("rate_iops", 2000).start();
+        std::thread::sleep(rng.random_range(SECOND / 2..2 * SECOND));
+        // fio goes with its handle, and the ledger's thread with its first error.
+        kill_both(&lab, &mut rng);
+        drop(load);
+        ledger = run.thread.join().expect("the ledger's thread does not panic");
+        assert!(ledger.error.is_some(), "a device without a keeper must fail");
+        let began = Instant::now();
+        lab.attach();
+        let took = began.elapsed();
+        // The whole file had its place in the filesystem before, so nothing but the replay log decides.
+        let mut faults = ledger.check(Promise::Acknowledged);
+        faults.extend(lab.faults());
+        assert!(faults.is_empty(), "round {n} of {count}: {faults:#?}\n{}", lab.logs());
+        replayed += lab.status()["stats"]["replayed_entries"].as_u64().expect("a number");
+        writes += ledger.times.len();
+        println!("everything killed, round {n}: attached again in {took:.2?}");
+        // What was tried and not acknowledged may be there or not: from here on it counts as it is.
+        ledger.settle();
+        let _ = fs::remove_file(lab.target().join(format!("load{n}")));
+    }
+    println!("everything killed: {count} of {count}, {writes} writes, {replayed} replayed");
+    lab.detach();
+    let checked = lab.run(&["fsck", "vol1"], LIMIT);
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
+#[test]
+fn root_what_was_synced_survives_without_the_replay_log() {
+    const FLUSHES: u32 = 200;
+    let count = rounds(1);
+    let mut rng = rng("flushes");
+    let lab = Lab::new(&[]);
+    lab.attach();
+    let mut ledger = Ledger::new(lab.target().join("ledger"), 256);
+    for n in 0..count {
+        let run = ledger.start(rng.random(), 1);
+        let flushes = || lab.status()["stats"]["flushes"].as_u64().expect("a number");
+        let before = flushes();
+        wait_until("200 flushes", LIMIT, || {
+            std::thread::sleep(Duration::from_millis(50));
+            flushes() >= before + u64::from(FLUSHES) + 1 || run.thread.is_finished()
+        });
+        kill_both(&lab, &mut rng);
+        ledger = run.thread.join().expect("the ledger's thread does not panic");
+        assert!(ledger.syncs >= FLUSHES, "{} flushes returned, {:?}", ledger.syncs, ledger.error);
+        let syncs = std::mem::take(&mut ledger.syncs);
+        fs::remove_file(lab.dir.join("r/volumes/vol1/replay.log")).expect("a replay log was left");
+        lab.attach();
+        let mut faults = ledger.check(Promise::Synced);
+        faults.extend(lab.faults());
+        assert!(faults.is_empty(), "round {n} of {count}: {faults:#?}\n{}", lab.logs());
+        println!("flushes without the replay log, round {n}: {syncs} in a row, all kept");
+        ledger.settle();
+    }
+    println!("flushes without the replay log: {count} of {count}");
+    lab.detach();
+}
+
+// ---- A ZeroFS that stops answering.
+
+#[test]
+fn root_a_stopped_zerofs_is_a_stall_and_nothing_else() {
+    let lab = Lab::new(&[]);
+    lab.attach();
+    let mut rng = rng("stopped");
+    let writing = Ledger::new(lab.target().join("ledger"), 1024).start(rng.random(), 20);
+    std::thread::sleep(SECOND);
+    let before = lab.next_zerofs(None);
+    let at = Instant::now();
+    kill(before, Signal::SIGSTOP).expect("it runs");
+    std::thread::sleep(10 * SECOND);
+    let state = lab.status()["state"].clone();
+    kill(before, Signal::SIGCONT).expect("it still runs");
+    std::thread::sleep(2 * SECOND);
+    let ledger = writing.stop();
+    let stall = stalls(&[at], &ledger.times);
+    println!("stopped for 10 s: state {state}, stall {stall:.2?}");
+    let mut faults = ledger.error.iter().cloned().collect::<Vec<_>>();
+    drop_caches(&lab.target()).expect("sync");
+    faults.extend(ledger.check(Promise::Acknowledged));
+    faults.extend(lab.faults());
+    let status = lab.status();
+    assert!(faults.is_empty(), "{faults:#?}\n{}", lab.logs());
+    assert_eq!(
+        (lab.zerofs(), &status["restarts"], &status["state"]),
+        (Some(before), &0.into(), &"ready".into())
+    );
+    assert!(stall.iter().all(|s| *s > 9 * SECOND), "{stall:?}");
+    lab.detach();
+}
+
+#[test]
+fn root_with_a_time_limit_io_fails_and_detach_still_works() {
+    const TIMEOUT: Duration = Duration::from_secs(3);
+    let lab = Lab::new(&["--io-timeout", "3s"]);
+    lab.attach();
+    let writing = Ledger::new(lab.target().join("ledger"), 256).start(1, 0);
+    std::thread::sleep(SECOND);
+    let zerofs = lab.next_zerofs(None);
+    let at = Instant::now();
+    kill(zerofs, Signal::SIGSTOP).expect("it runs");
+    wait_until("I/O fails", LIMIT, || writing.thread.is_finished());
+    let took = at.elapsed();
+    let ledger = writing.stop();
+    let error = ledger.error.expect("the ledger ended by itself");
+    assert!(error.contains("Input/output error"), "{error}");
+    assert!(took > TIMEOUT - SECOND && took < TIMEOUT + 10 * SECOND, "{took:?}");
+    let began = Instant::now();
+    let out = lab.run(&["detach", "vol1", "--stop-timeout", "5s", "--force"], LIMIT);
+    println!("time limit 3 s: I/O failed after {took:.2?}; detached in {:.2?}", began.elapsed());
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{text}\n{}", lab.logs());
+    assert!(began.elapsed() < 40 * SECOND, "{:?}", began.elapsed());
 }
