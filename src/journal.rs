@@ -297,9 +297,34 @@ pub fn volume_folder(run_dir: &Path, volume: &VolumeId) -> PathBuf {
     run_dir.join("volumes").join(volume.as_str())
 }
 
+/// The process that holds a volume's lock right now. Only a look: taking the lock, even for an instant, could fail
+/// the command that wants it.
+pub fn holder(run_dir: &Path, volume: &VolumeId) -> Option<i32> {
+    let meta = std::fs::metadata(lock_path(run_dir, volume)).ok()?;
+    let file = format!(
+        "{:02x}:{:02x}:{}",
+        nix::sys::stat::major(meta.dev()),
+        nix::sys::stat::minor(meta.dev()),
+        meta.ino()
+    );
+    // 3: FLOCK  ADVISORY  WRITE 4711 08:01:131090 0 EOF
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        let (kind, pid) = (words.next()?, words.nth(2)?);
+        (kind == "FLOCK" && words.next()? == file).then(|| pid.parse().ok())?
+    })
+}
+
+fn lock_path(run_dir: &Path, volume: &VolumeId) -> PathBuf {
+    run_dir.join("locks").join(format!("{volume}.lock"))
+}
+
 /// Makes a folder that only its owner may enter, parents included.
 pub(crate) fn private_folder(path: &Path) -> Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).doing("make the folder", path)
+    let made =
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).doing("make the folder", path);
+    made.map_err(|e| e.hint("choose writable folders with --state-dir and --run-dir"))
 }
 
 /// The volumes that have a folder below the run root.
@@ -451,7 +476,7 @@ impl Lock {
     fn acquire(run_dir: &Path, volume: &VolumeId) -> Result<Lock> {
         let folder = run_dir.join("locks");
         private_folder(&folder)?;
-        let path = folder.join(format!("{volume}.lock"));
+        let path = lock_path(run_dir, volume);
         loop {
             let file = OpenOptions::new()
                 .read(true)
@@ -464,7 +489,8 @@ impl Lock {
             match file.try_lock() {
                 Ok(()) => {}
                 Err(std::fs::TryLockError::WouldBlock) => {
-                    return Err(Error::new(Kind::Busy, "another operation holds the volume")
+                    let who = holder(run_dir, volume).map_or_else(String::new, |pid| format!(" (pid {pid})"));
+                    return Err(Error::new(Kind::Busy, format!("another command is at work on it{who}"))
                         .on(volume)
                         .hint(format!("wait for it, or see what it does: zerofsctl show {volume}")));
                 }

@@ -19,6 +19,8 @@ pub enum Operation {
     Detach,
     /// Grow it.
     Resize,
+    /// Grow it while it is not attached.
+    ResizeDetached,
     /// Check its filesystem while nothing uses it.
     Fsck,
     /// Take down the device that a dead keeper left.
@@ -31,7 +33,7 @@ impl Operation {
         match self {
             Operation::Attach => "attach",
             Operation::Detach => "detach",
-            Operation::Resize => "resize",
+            Operation::Resize | Operation::ResizeDetached => "resize",
             Operation::Fsck => "fsck",
             Operation::Clear => "clear",
         }

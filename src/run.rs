@@ -123,7 +123,7 @@ impl Engine<'_> {
                     tasks.push(TaskReport { step: task.name(), outcome, elapsed, what });
                 }
                 Err(error) => {
-                    let error = error.on(&plan.volume).in_step(task.name());
+                    let error = self.as_interruption(error).on(&plan.volume).in_step(task.name());
                     self.observer.failed(&plan, task, &error);
                     return Err(self.fail(journal, index, error));
                 }
@@ -131,6 +131,15 @@ impl Engine<'_> {
         }
         journal.end(End::Done)?;
         Ok(RunReport { tasks, facts })
+    }
+
+    /// A Ctrl-C also ends the programs that a step runs: their failure is no news then.
+    fn as_interruption(&self, error: Error) -> Error {
+        if !self.observer.interrupted() || error.kind() == Kind::Interrupted {
+            return error;
+        }
+        Error::new(Kind::Interrupted, format!("interrupted: {}", error.message()))
+            .hint("run the same command again")
     }
 
     /// One task: probe; if it is not so, record, do, record.
@@ -143,9 +152,8 @@ impl Engine<'_> {
         facts: &mut Facts,
     ) -> Result<Outcome> {
         if self.observer.interrupted() {
-            return Err(
-                Error::new(Kind::Interrupted, "interrupted").hint("run the same command again to go on")
-            );
+            return Err(Error::new(Kind::Interrupted, "interrupted before this step")
+                .hint("run the same command again"));
         }
         let outcome = if task.step.is_settled(task.direction, &plan.volume, facts, self.host)? {
             Outcome::Already
@@ -175,7 +183,11 @@ impl Engine<'_> {
             // Half a detach is finished by the next try, never taken back.
             (true, true) => Ok(()),
             (true, false) => {
-                self.observer.note("undoing what this run did");
+                let why = match (error.kind(), error.step()) {
+                    (Kind::Interrupted, _) | (_, None) => "interrupted".to_owned(),
+                    (_, Some(step)) => format!("step {step} failed"),
+                };
+                self.observer.note(&format!("{why}: undoing what this run did"));
                 self.unwind(journal)
             }
         };
@@ -264,6 +276,8 @@ pub fn preview(host: &dyn Observe, plan: &Plan, mut facts: Facts) -> Result<Vec<
     let mut lines = Vec::with_capacity(plan.tasks.len());
     for task in &plan.tasks {
         let would = match task.step.is_settled(task.direction, &plan.volume, &mut facts, host) {
+            // An undo of what this plan itself would do: nothing is there yet, but then it will be.
+            Ok(true) if would_apply(&lines, plan, task) => Would::Do,
             Ok(true) => Would::Already,
             Ok(false) if earlier_would_do && task.step.learns_on_the_way() => Would::Depends,
             Ok(false) => Would::Do,
@@ -280,6 +294,16 @@ pub fn preview(host: &dyn Observe, plan: &Plan, mut facts: Facts) -> Result<Vec<
         });
     }
     Ok(lines)
+}
+
+/// Whether `undo` takes back what an earlier line would do.
+fn would_apply(lines: &[Preview], plan: &Plan, undo: &Task) -> bool {
+    undo.direction == Direction::Undo
+        && plan.tasks.iter().zip(lines).any(|(task, line)| {
+            task.direction == Direction::Apply
+                && task.step.name() == undo.step.name()
+                && line.would != Would::Already
+        })
 }
 
 /// Where a crash test kills this process: `ZEROFSCTL_TEST_KILL=mount:applied`. Debug builds only.

@@ -40,20 +40,7 @@ impl Machine {
     }
 
     fn spec(&self, at: &str) -> AttachSpec {
-        AttachSpec {
-            volume: volume(),
-            target: target(at),
-            storage_url: "file:///store".into(),
-            size: None,
-            fs: None,
-            mount_options: vec![],
-            read_only: false,
-            block: false,
-            transport: Default::default(),
-            take_over: false,
-            keeper: Default::default(),
-            stop: Default::default(),
-        }
+        AttachSpec::plain(volume(), target(at), "file:///store".into())
     }
 
     fn attach(&self, at: &str) -> Result<()> {
@@ -80,7 +67,7 @@ impl Machine {
 
     fn resize(&self, gib: u64) -> Result<()> {
         let size = ByteSize(gib * ByteSize::GIB);
-        ops::resize::resize(&self.engine(), self.run_dir.path(), &volume(), size).map(drop)
+        ops::resize::resize(&self.engine(), self.run_dir.path(), &self.spec("/grow"), size).map(drop)
     }
 
     fn fsck(&self) -> Result<()> {
@@ -223,6 +210,22 @@ const CASES: &[Case] = &[
         },
         command: |m| m.resize(2),
         after: |m, when| {
+            let grown = Some(ByteSize(2 * ByteSize::GIB));
+            assert_eq!(m.host.sizes(), (grown, grown), "{when}");
+            m.assert_data(when);
+        },
+    },
+    Case {
+        name: "resize of a detached volume",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.detach().unwrap();
+        },
+        command: |m| m.resize(2),
+        after: |m, when| {
+            m.assert_empty(when);
+            m.attach("/a").unwrap();
             let grown = Some(ByteSize(2 * ByteSize::GIB));
             assert_eq!(m.host.sizes(), (grown, grown), "{when}");
             m.assert_data(when);

@@ -3,156 +3,23 @@
 
 mod support;
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use support::dir::TestDir;
+use nix::sys::signal::Signal;
+use support::keeper::{
+    LONG, SIZE, Volume, client, nothing_left, program, ready, signal, start, stop, stop_with,
+};
 use support::wait_until;
-use zerofsctl::error::{Error, Kind};
+use zerofsctl::error::Kind;
 use zerofsctl::host::cgroup::Limits;
 use zerofsctl::keeper::client::KeeperClient;
-use zerofsctl::keeper::control::{State, Status, StopOptions, Stopped};
-use zerofsctl::keeper::process::boot_id;
-use zerofsctl::keeper::{KeeperConfig, Spawned, find_zerofs, spawn};
-use zerofsctl::zerofs::config::{self, Aws, ConfigInput, Lsm};
+use zerofsctl::keeper::control::{State, StopOptions};
+use zerofsctl::keeper::process::Identity;
+use zerofsctl::keeper::{Spawned, find_zerofs, spawn};
+use zerofsctl::zerofs::config::Aws;
 use zerofsctl::zerofs::ninep;
-use zerofsctl::zerofs::versions::{Profile, Version};
-
-const VERSION: &str = "0.19.1";
-const SIZE: u64 = 256 << 20;
-const LONG: Duration = Duration::from_secs(30);
-
-/// A volume with folders of its own.
-struct Volume {
-    dir: TestDir,
-    input: ConfigInput,
-    config: KeeperConfig,
-}
-
-impl Volume {
-    fn new() -> Volume {
-        let dir = TestDir::new();
-        let store = dir.join("store/vol1");
-        fs::create_dir_all(&store).unwrap();
-        let input = ConfigInput {
-            storage_url: format!("file://{}", store.display()),
-            password: "correct horse battery".to_owned().into(),
-            cache_dir: dir.join("cache"),
-            cache_disk_gb: 0.5,
-            cache_memory_gb: Some(0.064),
-            device_size: SIZE,
-            max_size_gb: None,
-            lsm: Lsm::default(),
-            aws: Aws::default(),
-            read_only: false,
-        };
-        let config = config_in(&dir, "a", &input);
-        Volume { dir, input, config }
-    }
-
-    /// Another place (another node, so to say) for the same volume.
-    fn elsewhere(&self) -> KeeperConfig {
-        config_in(&self.dir, "b", &self.input)
-    }
-
-    /// Writes config.toml anew.
-    fn render(&self) {
-        render(&self.config.config_path, &self.input);
-    }
-
-    fn log(&self, text: &str) {
-        let mut log = File::options().append(true).open(self.config.log_dir.join("zerofs.log")).unwrap();
-        log.write_all(text.as_bytes()).unwrap();
-    }
-
-    fn logs(&self) -> String {
-        ["keeper.log", "zerofs.log"]
-            .map(|f| fs::read_to_string(self.config.log_dir.join(f)).unwrap_or_default())
-            .join("\n--- zerofs.log ---\n")
-    }
-}
-
-fn config_in(dir: &TestDir, node: &str, input: &ConfigInput) -> KeeperConfig {
-    let path = |name: &str| dir.join(node).join(name);
-    fs::create_dir_all(path("state")).unwrap();
-    let config = KeeperConfig {
-        format: KeeperConfig::FORMAT,
-        volume: "vol1".parse().unwrap(),
-        run_dir: path("run"),
-        log_dir: path("logs"),
-        zerofs_bin: support::zerofs_bin(),
-        zerofs_version: VERSION.parse().unwrap(),
-        config_path: path("state/config.toml"),
-        rust_log: None,
-        export: "disk".to_owned(),
-        connections: 4,
-        log_bytes: 16 << 20,
-        io_timeout_ms: None,
-        epoch: 1,
-        limits: Limits::default(),
-        limits_required: false,
-        boot_id: boot_id(),
-        start_limit_seconds: 20,
-        stop_grace_seconds: 20,
-        replay_log: true,
-    };
-    let mut input = input.clone();
-    input.cache_dir = path("cache");
-    render(&config.config_path, &input);
-    config
-}
-
-fn render(path: &Path, input: &ConfigInput) {
-    let profile = Profile::of(VERSION.parse::<Version>().unwrap()).unwrap();
-    fs::write(path, config::render(input, &profile).unwrap().as_bytes()).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
-}
-
-fn program() -> PathBuf {
-    env!("CARGO_BIN_EXE_zerofsctl").into()
-}
-
-fn start(config: &KeeperConfig) -> Spawned {
-    spawn(&program(), config, LONG).unwrap()
-}
-
-fn client(config: &KeeperConfig) -> KeeperClient {
-    KeeperClient::connect(&config.run_dir).unwrap()
-}
-
-fn ready(config: &KeeperConfig) -> Status {
-    start(config);
-    client(config).wait_ready(LONG).unwrap()
-}
-
-fn stop_with(config: &KeeperConfig, seconds: f64, force: bool) -> Result<Stopped, Error> {
-    let options = StopOptions { timeout_seconds: seconds, force, even_if_mounted: false };
-    client(config).stop(options, &mut |_| ())
-}
-
-/// Stops cleanly, and shows that the run folder is empty and no process is left.
-fn stop(config: &KeeperConfig) -> Stopped {
-    let stopped = stop_with(config, 20.0, false).unwrap();
-    assert!(stopped.clean, "{stopped:?}");
-    assert_eq!(stopped.warnings, Vec::<String>::new());
-    nothing_left(config);
-    stopped
-}
-
-fn nothing_left(config: &KeeperConfig) {
-    let names: Vec<_> = fs::read_dir(&config.run_dir).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert!(names.is_empty(), "{names:?}");
-    assert_eq!(find_zerofs(&config.run_dir), vec![]);
-}
-
-fn signal(pid: i32, signal: Signal) {
-    kill(Pid::from_raw(pid), signal).unwrap();
-}
 
 #[test]
 fn a_volume_starts_tells_its_status_and_stops_without_a_trace() {
@@ -260,7 +127,7 @@ fn a_binary_that_is_not_there_a_bad_config_and_a_bad_folder_are_told_apart() {
 #[test]
 fn a_store_that_refuses_connections_is_given_up_after_the_start_limit() {
     let mut v = Volume::new();
-    // A port that nobody listens on: bound, so that nobody else gets it, and never accepting.
+    // A port that was free a moment ago, so nobody listens there.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     v.input.storage_url = "s3://bucket/vol1".to_owned();
     v.input.aws = Aws {
@@ -312,6 +179,32 @@ fn a_killed_keeper_leaves_a_zerofs_that_the_next_one_adopts() {
         fourth.state == State::Ready && fourth.zerofs.is_some() && fourth.zerofs != first.zerofs
     });
     assert!(!first.zerofs.unwrap().is_alive());
+    stop(&v.config);
+}
+
+#[test]
+fn a_keeper_killed_at_any_moment_of_its_start_leaves_what_the_next_one_can_take_over() {
+    let v = Volume::new();
+    for round in 0..support::rounds(12) {
+        let keeper = start(&v.config).keeper;
+        std::thread::sleep(Duration::from_millis(u64::from(round) * 37 % 300));
+        signal(keeper.pid, Signal::SIGKILL);
+    }
+    // Even between the decision to start ZeroFS and its start, while the command that started it is gone too.
+    for pause in [0, 1, 2, 3, 4, 5, 7, 10] {
+        let config = v.config.clone();
+        let starter = std::thread::spawn(move || spawn(&program(), &config, LONG));
+        std::thread::sleep(Duration::from_millis(pause));
+        if let Some(keeper) = Identity::read(&v.config.run_dir.join("keeper.pid")).filter(Identity::is_alive)
+        {
+            signal(keeper.pid, Signal::SIGKILL);
+        }
+        // Killed or not: either is fine.
+        let _ = starter.join().unwrap();
+    }
+    let status = ready(&v.config);
+    assert_eq!(status.state, State::Ready);
+    assert_eq!(find_zerofs(&v.config.run_dir).len(), 1);
     stop(&v.config);
 }
 

@@ -9,51 +9,53 @@ use crate::error::{Error, Result};
 use crate::host::{KeeperOptions, StopOptions};
 use crate::ops::{self, AttachSpec};
 use crate::report::Report;
-use crate::run::Engine;
 use crate::step::Transport;
 use crate::values::{ByteSize, TargetPath};
 
-/// Attach a volume and mount it, or hand out its device; made and formatted if it is new
+/// Attach a volume and mount it; a new one is made and formatted
+///
+/// Attaching again is no error: what is so already stays as it is. At another target it is a second mount. Without
+/// --storage-url and --config the volume lives in a store in the state folder of this machine.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   zerofsctl attach vol1 --target /mnt/vol1 --size 10Gi
-  zerofsctl attach vol1 --target /mnt/vol1 --storage-url s3://bucket/csi --config zerofs.yaml
-  zerofsctl attach vol1 --target /dev/disk/vol1 --block
+  zerofsctl attach vol1 --target /mnt/vol1 --config zerofs.yaml --secret secrets.yaml
+  zerofsctl attach vol1 --target /srv/vol1.disk --block
   zerofsctl attach vol1 --target /mnt/vol1 --dry-run")]
 pub struct AttachArgs {
     /// The volume's name
     volume: String,
-    /// The folder to mount it at, or with --block the link to make
+    /// The folder to mount it at, or with --block the link to make; an empty or new one
     #[arg(long, value_name = "DIR")]
     target: PathBuf,
     /// The size of a new volume, such as 10Gi [default: 1Gi]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     size: Option<String>,
     /// The filesystem of a new volume: ext4, xfs or btrfs [default: ext4]
     #[arg(long, value_name = "TYPE")]
     fs: Option<String>,
-    /// An option for mount(8); may be repeated
+    /// An option for mount(8), such as noatime; repeatable
     #[arg(long, value_name = "OPT")]
     mount_option: Vec<String>,
-    /// Neither format, nor repair, nor write
+    /// Never format, repair or write
     #[arg(long)]
     read_only: bool,
-    /// Link the raw block device at the target instead of mounting a filesystem
+    /// Link the raw block device at the target, and mount nothing
     #[arg(long)]
     block: bool,
-    /// How the block device is made: auto, nbd or fuse
+    /// How the block device is made: auto, fuse, or nbd (to come)
     #[arg(long, value_name = "KIND", default_value = "auto")]
     transport: String,
     /// Where ZeroFS runs: process
     #[arg(long, value_name = "KIND", default_value = "process")]
     runtime: String,
-    /// Let I/O fail after waiting that long for a lost server; otherwise it waits for ever
+    /// Let I/O fail when ZeroFS is away this long [default: it waits]
     #[arg(long, value_name = "TIME")]
     io_timeout: Option<String>,
-    /// The size of the replay log
+    /// Room for writes that ZeroFS has not flushed yet
     #[arg(long, value_name = "SIZE", default_value = "256Mi")]
     replay_log: String,
-    /// Take the volume from a node that is gone for good; what it had not flushed is lost
+    /// Take the volume from a node that is gone for good: what that had not flushed is lost
     #[arg(long)]
     take_over: bool,
     /// Print the plan and change nothing
@@ -200,7 +202,7 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
     }
     require_fuse()?;
     let dirs = context.dirs()?;
-    let engine = Engine { host: &host, observer: &context.progress };
+    let engine = context.engine(&host);
     let run = ops::attach::attach(&engine, &dirs.run, &spec)?;
     let device =
         run.facts.device.as_ref().map_or_else(String::new, |d| format!("{}, {}", d.path.display(), d.size));

@@ -14,7 +14,7 @@ use crate::host::linux::{Dirs, LinuxHost, Parts, Storage};
 use crate::host::programs::is_program;
 use crate::password::{self, Origin, Secret};
 use crate::report::{Format, Report};
-use crate::run::Observer;
+use crate::run::{Engine, Observer};
 use crate::settings::{self, Settings, Sources};
 use crate::values::VolumeId;
 
@@ -35,16 +35,28 @@ pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
-extern "C" fn on_signal(_: i32) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
+extern "C" fn on_signal(signal: i32) {
+    const FIRST: &[u8] =
+        b"\ninterrupted: this ends as soon as the current step does; press Ctrl-C again to kill it \
+(then run: zerofsctl recover)\n";
+    if INTERRUPTED.swap(true, Ordering::Relaxed) {
+        // SAFETY: both calls may be made in a signal handler.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
+    } else if signal == libc::SIGINT {
+        // SAFETY: write(2) may be called in a signal handler; the buffer is static.
+        let _ = unsafe { libc::write(2, FIRST.as_ptr().cast(), FIRST.len()) };
+    }
 }
 
-/// A first Ctrl-C ends the command between two steps, which it then undoes.
+/// A first Ctrl-C ends the command between two steps, which it then undoes; a second one kills it.
 fn catch_signals() {
     use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
     let action = SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESTART, SigSet::empty());
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        // SAFETY: the handler only stores into an atomic.
+        // SAFETY: the handler only uses an atomic and async-signal-safe calls.
         let _ = unsafe { sigaction(signal, &action) };
     }
 }
@@ -57,22 +69,27 @@ pub(super) fn init_log(verbose: u8, json: bool) {
         1 => LevelFilter::INFO,
         _ => LevelFilter::DEBUG,
     };
-    let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let builder = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(level)
-        .with_ansi(color)
+        .with_ansi(colored())
         .with_target(false);
-    let _ = if json { builder.json().try_init() } else { builder.without_time().try_init() };
+    let _ =
+        if json { builder.json().flatten_event(true).try_init() } else { builder.without_time().try_init() };
 }
 
 impl Context {
     pub(super) fn new(global: Global) -> Context {
-        catch_signals();
         let cwd = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         let json = global.log_format == super::LogFormat::Json;
         let progress = Progress::new(global.verbose, json);
         Context { global, cwd, progress }
+    }
+
+    /// What takes a plan through, with its progress shown. From here on a first Ctrl-C waits for the step at hand.
+    pub fn engine<'a>(&'a self, host: &'a LinuxHost) -> Engine<'a> {
+        catch_signals();
+        Engine { host, observer: &self.progress }
     }
 
     /// The two roots, absolute.
@@ -152,6 +169,7 @@ impl Context {
         let dirs = self.dirs()?;
         let settings = self.settings(args)?;
         let saved = LinuxHost::saved_storage(&dirs, volume)?;
+        let known = saved.is_some();
         let embedded = dirs.embedded_store()?;
         let storage = match (&settings.storage_url, saved) {
             (Some(url), Some(saved)) if *url != saved.url => {
@@ -169,6 +187,9 @@ impl Context {
         let password = match (&settings.encryption_password, purpose) {
             (Some(password), _) => Some(password.clone()),
             (None, Purpose::Start) if storage.url == embedded => Some(self.embedded_password(&dirs)?),
+            // What is attached has its password in its config; whatever else is started must be given one, before
+            // the catalog hears of it.
+            (None, Purpose::Start) if !known => return Err(no_password()),
             _ => None,
         };
         let zerofs = match purpose {
@@ -211,26 +232,40 @@ impl Context {
     /// Prints an error to standard error: what failed, then what to do.
     pub fn print_error(&self, error: &Error) {
         self.progress.finish();
-        let mut err = std::io::stderr().lock();
-        if self.global.log_format == super::LogFormat::Json {
-            let line = serde_json::json!({
-                "level": "ERROR", "kind": error.kind(), "message": error.message(), "hint": error.hint_text(),
-                "volume": error.volume(), "step": error.step(),
-            });
-            let _ = writeln!(err, "{line}");
-            return;
-        }
-        let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        let (word, hint) = if color {
-            ("error:".red().bold().to_string(), "hint:".cyan().to_string())
-        } else {
-            ("error:".to_owned(), "hint:".to_owned())
-        };
-        let _ = writeln!(err, "{word} {error}");
-        if let Some(text) = error.hint_text() {
-            let _ = writeln!(err, "{hint} {text}");
-        }
+        write_error(error, self.global.log_format == super::LogFormat::Json);
     }
+}
+
+pub(super) fn write_error(error: &Error, json: bool) {
+    let mut err = std::io::stderr().lock();
+    if json {
+        let line = serde_json::json!({
+            "timestamp": jiff::Timestamp::now(), "level": "ERROR", "kind": error.kind(), "message": error.message(),
+            "hint": error.hint_text(), "volume": error.volume(), "step": error.step(),
+        });
+        let _ = writeln!(err, "{line}");
+        return;
+    }
+    let (word, hint) = if colored() {
+        ("error:".red().bold().to_string(), "hint:".cyan().to_string())
+    } else {
+        ("error:".to_owned(), "hint:".to_owned())
+    };
+    let _ = writeln!(err, "{word} {error}");
+    if let Some(text) = error.hint_text() {
+        let _ = writeln!(err, "{hint} {text}");
+    }
+}
+
+/// Whether standard error takes colours: a terminal does, unless NO_COLOR says otherwise.
+fn colored() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}
+
+fn no_password() -> Error {
+    Error::usage("no encryption password was given").hint(
+        "set ZEROFS_ENCRYPTION_PASSWORD_FILE to a file that holds it, or name its Secret with --config and --secret",
+    )
 }
 
 /// What a host is for.

@@ -15,12 +15,11 @@ use crate::host::linux::Dirs;
 use crate::ops::{self, AttachSpec, Scope};
 use crate::report::Report;
 use crate::run::{Engine, RunReport};
-use crate::step::Transport;
-use crate::values::{ByteSize, TargetPath, VolumeId};
+use crate::values::{ByteSize, FsType, TargetPath, VolumeId};
 
-/// The whole story on this machine: create, write, detach, attach, compare, resize, check, clean up
+/// Try it out: attach, write, detach, compare, resize, check, clean up
 ///
-/// It uses the real ZeroFS on a store of its own below the state folder, a real block device and a real filesystem, and
+/// It takes the real ZeroFS, a real block device and a real filesystem, on a store of its own in the state folder, and
 /// removes everything again.
 #[derive(Debug, Clone, Args)]
 pub struct DemoArgs {
@@ -101,7 +100,13 @@ impl Demo {
         self.detach()?;
         self.attach(&mnt)?;
         self.timed("compare", "read it back and compare", || compare(&file, &written))?;
-        self.resize()?;
+        // Online where the machine permits it, else between a detach and an attach.
+        let online = self.with(|engine, _, _| Ok(engine.host.can_grow_mounted(FsType::Ext4).is_ok()))?;
+        if !online {
+            self.detach()?;
+        }
+        self.resize(&mnt)?;
+        self.attach(&mnt)?;
         self.timed("compare", "read it back and compare", || compare(&file, &written))?;
         self.detach()?;
         self.fsck(&mnt)?;
@@ -133,27 +138,14 @@ impl Demo {
     }
 
     fn spec(&self, mnt: &Path, url: String) -> Result<AttachSpec> {
-        Ok(AttachSpec {
-            volume: Self::volume()?,
-            target: TargetPath::new(mnt, &self.context.cwd)?,
-            storage_url: url,
-            size: None,
-            fs: None,
-            mount_options: vec![],
-            read_only: false,
-            block: false,
-            transport: Transport::Auto,
-            take_over: false,
-            keeper: Default::default(),
-            stop: Default::default(),
-        })
+        Ok(AttachSpec::plain(Self::volume()?, TargetPath::new(mnt, &self.context.cwd)?, url))
     }
 
     fn with<T>(&mut self, work: impl FnOnce(&Engine<'_>, &Dirs, String) -> Result<T>) -> Result<T> {
         let host = self.context.host(&Self::volume()?, &StorageArgs::default(), Purpose::Start)?;
         let dirs = self.context.dirs()?;
         let url = host.catalog().url().to_string();
-        work(&Engine { host: &host, observer: &self.context.progress }, &dirs, url)
+        work(&self.context.engine(&host), &dirs, url)
     }
 
     fn attach(&mut self, mnt: &Path) -> Result<()> {
@@ -176,10 +168,11 @@ impl Demo {
         Ok(())
     }
 
-    fn resize(&mut self) -> Result<()> {
-        let volume = Self::volume()?;
-        let run = self.with(|engine, dirs, _| {
-            ops::resize::resize(engine, &dirs.run, &volume, ByteSize(2 * ByteSize::GIB))
+    fn resize(&mut self, mnt: &Path) -> Result<()> {
+        let spec = self.spec(mnt, String::new())?;
+        let run = self.with(|engine, dirs, storage_url| {
+            let spec = AttachSpec { storage_url, ..spec };
+            ops::resize::resize(engine, &dirs.run, &spec, ByteSize(2 * ByteSize::GIB))
         })?;
         self.add("resize", &run);
         Ok(())

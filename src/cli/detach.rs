@@ -4,20 +4,20 @@ use clap::Args;
 use serde_json::json;
 
 use super::context::Purpose;
-use super::{Context, StorageArgs, attach};
+use super::{Context, StorageArgs, attach, context};
 use crate::error::{Error, Kind, Result};
 use crate::host::linux::Dirs;
 use crate::host::{Observe, StopOptions, loopdev};
 use crate::journal::{self, Journal, Standing, place};
 use crate::ops::{self, Scope};
 use crate::report::Report;
-use crate::run::Engine;
 use crate::values::{TargetPath, VolumeId};
 
-/// Unmount a volume, take its device away, stop its ZeroFS cleanly
+/// Unmount a volume, take its device away, and stop its ZeroFS
 ///
-/// A target path takes away only that mount, and everything when it is the last one. A device or volume name takes
-/// away everything. What is in use is never touched: the command fails and says who uses it.
+/// A path takes away that mount only, and everything if it is the last one. A volume or device takes away
+/// everything. What is in use is not touched: the command fails and says who uses it. With --all, exit code 5 says
+/// that some volumes failed.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   zerofsctl detach vol1
@@ -31,10 +31,10 @@ pub struct DetachArgs {
     /// Every volume of this node
     #[arg(long)]
     all: bool,
-    /// How long ZeroFS may take to flush and stop
+    /// How long ZeroFS may take to flush and stop, such as 90s or 10m
     #[arg(long, value_name = "TIME", default_value = "120s")]
     stop_timeout: String,
-    /// Kill ZeroFS when that time is over; what it had not flushed stays in the replay log of this node
+    /// Kill ZeroFS after that time; what it had not flushed stays in this node's replay log
     #[arg(long)]
     force: bool,
     /// Print the plan and change nothing
@@ -52,8 +52,7 @@ pub fn run(args: &DetachArgs, context: &Context) -> Result<Report> {
     };
     let (volume, scope) = resolve(what, context, &dirs)?;
     context.require_root()?;
-    let (report, _) = one(args, context, &dirs, &volume, &scope, stop)?;
-    Ok(report)
+    one(args, context, &dirs, &volume, &scope, stop)
 }
 
 /// Finds the volume that a name, a path or a device means.
@@ -83,28 +82,28 @@ fn one(
     volume: &VolumeId,
     scope: &Scope,
     stop: StopOptions,
-) -> Result<(Report, bool)> {
+) -> Result<Report> {
     let known = dirs.volume_run(volume).exists();
     let host = context.host(volume, &StorageArgs::default(), Purpose::Settle).map_err(|e| e.on(volume))?;
     if args.dry_run {
         return match ops::detach::preview(&host, &dirs.run, volume, scope, stop)? {
-            Some(lines) => Ok((Report::of_preview("detach", volume, &lines), true)),
-            None => nothing(volume, &host, known).map(|r| (r, false)),
+            Some(lines) => Ok(Report::of_preview("detach", volume, &lines)),
+            None => nothing(volume, &host, known),
         };
     }
     if !known {
-        return nothing(volume, &host, known).map(|r| (r, false));
+        return nothing(volume, &host, known);
     }
-    let engine = Engine { host: &host, observer: &context.progress };
+    let engine = context.engine(&host);
     match ops::detach::detach(&engine, &dirs.run, volume, scope, stop)? {
         Some(run) => {
             let what = match scope {
                 Scope::Target(t) if run.tasks.len() == 1 => format!("{volume} is no longer at {t}"),
                 _ => format!("{volume} is detached"),
             };
-            Ok((Report::of_run("detach", volume, &run).summary(what), true))
+            Ok(Report::of_run("detach", volume, &run).summary(what))
         }
-        None => nothing(volume, &host, known).map(|r| (r, false)),
+        None => nothing(volume, &host, known),
     }
 }
 
@@ -125,10 +124,15 @@ fn all(args: &DetachArgs, context: &Context, dirs: &Dirs, stop: StopOptions) -> 
     let mut rows = Vec::new();
     let mut data = Vec::new();
     let (mut done, mut failed) = (Vec::new(), 0u32);
+    let word = if args.dry_run { "would be detached" } else { "detached" };
     for volume in journal::volumes(&dirs.run)? {
+        if context::interrupted() {
+            return Err(
+                Error::new(Kind::Interrupted, "interrupted").hint("run the same command again to go on")
+            );
+        }
         match one(args, context, dirs, &volume, &Scope::Volume, stop) {
-            Ok((report, _)) => {
-                let word = if args.dry_run { "would detach" } else { "detached" };
+            Ok(report) => {
                 rows.push(vec![volume.to_string(), word.into(), String::new()]);
                 data.push(report.data);
                 done.push(volume.to_string());
@@ -143,7 +147,8 @@ fn all(args: &DetachArgs, context: &Context, dirs: &Dirs, stop: StopOptions) -> 
     }
     let summary = match (rows.len(), failed) {
         (0, _) => "nothing is attached on this node".to_owned(),
-        (n, 0) => format!("{n} volumes"),
+        (1, 0) => format!("1 volume {word}"),
+        (n, 0) => format!("{n} volumes {word}"),
         (n, f) => format!("{f} of {n} volumes failed"),
     };
     let exit = match (failed, done.len()) {

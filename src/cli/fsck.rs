@@ -7,29 +7,32 @@ use super::{Context, StorageArgs};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{self, AttachSpec};
 use crate::report::Report;
-use crate::run::Engine;
-use crate::step::Transport;
 use crate::values::{ByteSize, Slice, TargetPath, VolumeId};
 
-/// Check the filesystem of a detached volume; repair it only when asked to
+/// Check the filesystem of a detached volume; repair it with --repair
 ///
-/// Exit code 3 says that something was found. A check writes nothing. --read-data reads the data itself, all of it or a
-/// slice; note that ZeroFS 0.19.1 delivers damaged objects as zeros, which no reader can tell from data.
+/// A check writes nothing; exit code 3 says that it found something. --read-data also reads the data through ZeroFS, all
+/// of it or a slice, and tells what cannot be read. ZeroFS up to 0.19.1 delivers damaged objects as zeros: there, only
+/// the filesystem's own checksums can find them.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   zerofsctl fsck vol1
   zerofsctl fsck vol1 --repair
-  zerofsctl fsck vol1 --read-data 1/7     (one seventh each night of the week)")]
+  zerofsctl fsck vol1 --read-data
+  zerofsctl fsck vol1 --read-data 1/7      # a seventh each night of the week")]
 pub struct FsckArgs {
     /// The volume's name
     volume: String,
-    /// Repair what is found; asks first
+    /// Repair what is found; asks for the volume's name first
     #[arg(long)]
     repair: bool,
-    /// Do not ask
-    #[arg(long)]
+    /// Repair without asking
+    #[arg(long, requires = "repair")]
     yes: bool,
-    /// Also read the data: all of it, part N of T, or the first P percent
+    /// Print the plan and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Also read the data: all, part N of T, or the first P percent
     #[arg(long, value_name = "N/T|P%", num_args = 0..=1, default_missing_value = "1/1")]
     read_data: Option<String>,
     #[command(flatten)]
@@ -40,30 +43,24 @@ pub fn run(args: &FsckArgs, context: &Context) -> Result<Report> {
     let volume: VolumeId = args.volume.parse()?;
     let read_data: Option<Slice> = args.read_data.as_deref().map(str::parse).transpose()?;
     context.require_root()?;
-    if args.repair && !args.yes {
+    if args.repair && !args.yes && !args.dry_run {
         confirm(&volume)?;
     }
     let dirs = context.dirs()?;
     let host = context.host(&volume, &args.storage, Purpose::Start).map_err(|e| e.on(&volume))?;
     let spec = ops::fsck::FsckSpec {
-        attach: AttachSpec {
-            volume: volume.clone(),
-            target: TargetPath::new(&dirs.volume_run(&volume), &context.cwd)?,
-            storage_url: host.catalog().url().to_string(),
-            size: None,
-            fs: None,
-            mount_options: vec![],
-            read_only: !args.repair,
-            block: false,
-            transport: Transport::Auto,
-            take_over: false,
-            keeper: Default::default(),
-            stop: Default::default(),
-        },
+        attach: AttachSpec::plain(
+            volume.clone(),
+            TargetPath::new(&dirs.volume_run(&volume), &context.cwd)?,
+            host.catalog().url().to_string(),
+        ),
         repair: args.repair,
         read_data,
     };
-    let engine = Engine { host: &host, observer: &context.progress };
+    if args.dry_run {
+        return Ok(Report::of_preview("fsck", &volume, &ops::fsck::preview(&host, &dirs.run, &spec)?));
+    }
+    let engine = context.engine(&host);
     let run = ops::fsck::fsck(&engine, &dirs.run, &spec)?;
     let check = run.facts.check.clone();
     let clean = check.as_ref().is_none_or(|c| c.clean);
@@ -99,7 +96,9 @@ fn confirm(volume: &VolumeId) -> Result<()> {
     if !std::io::stdin().is_terminal() {
         return Err(Error::usage("a repair must be confirmed, and there is no terminal to ask on")
             .on(volume)
-            .hint("look first: zerofsctl fsck VOLUME; then repair without being asked: --repair --yes"));
+            .hint(format!(
+                "look first: zerofsctl fsck {volume}; then: zerofsctl fsck {volume} --repair --yes"
+            )));
     }
     let typed: String = dialoguer::Input::new()
         .with_prompt(format!(

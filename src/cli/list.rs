@@ -7,17 +7,21 @@ use crate::error::{Kind, Result};
 use crate::host::linux::{Dirs, LinuxHost};
 use crate::host::{Observe, mounts};
 use crate::journal::{self, Journal, Standing, place};
-use crate::keeper::control::Status;
+use crate::keeper::control::{State, Status};
 use crate::plan::Device;
 use crate::report::Report;
 use crate::values::{ByteSize, FsType, VolumeId};
 
-/// List the volumes of this node, and those of a store
+/// List the volumes of this node and of a store
 ///
-/// Without --storage-url the embedded store is looked at, if there is one. The state is what is found, not what was
-/// written down: attached, stalled, broken (its keeper is gone), interrupted (a command was cut short: run recover),
-/// or released.
+/// The state is what is found, not what was written down: attached, stalled (I/O waits for ZeroFS), fenced (another
+/// node took it), broken (its keeper was killed), interrupted (a command was cut short), busy (a command is at work),
+/// elsewhere (another node has it), or released. For broken and interrupted run: zerofsctl recover.
 #[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  zerofsctl list
+  zerofsctl list -o wide
+  zerofsctl list --storage-url s3://bucket/prefix --config zerofs.yaml")]
 pub struct ListArgs {
     #[command(flatten)]
     storage: StorageArgs,
@@ -63,18 +67,18 @@ pub(super) fn look(
         }
         None => standing.places.iter().filter_map(place).map(|t| format!("{t} (gone)")).collect(),
     };
-    let (state, reason) = match &status {
-        _ if open => {
-            ("interrupted".to_owned(), Some("a command was cut short: zerofsctl recover".to_owned()))
-        }
-        Some(s) if s.state == crate::keeper::control::State::Ready && view.device.is_some() => {
+    let run_recover = format!("zerofsctl recover {volume}");
+    let (state, reason) = match (&status, journal::holder(&dirs.run, volume)) {
+        (_, Some(pid)) => ("busy".to_owned(), Some(format!("a command is at work, pid {pid}"))),
+        _ if open => ("interrupted".into(), Some(format!("a command was cut short; run: {run_recover}"))),
+        (Some(s), _) if s.state == State::Ready && view.device.is_some() => {
             ("attached".into(), s.reason.clone())
         }
-        Some(s) => (s.state.name().to_owned(), s.reason.clone()),
-        None if standing.connect.is_some() => {
-            ("broken".into(), Some("its keeper is gone: zerofsctl recover".into()))
+        (Some(s), _) => (s.state.name().to_owned(), s.reason.clone()),
+        (None, _) if standing.connect.is_some() => {
+            ("broken".into(), Some(format!("its keeper is gone; run: {run_recover}")))
         }
-        None => ("released".into(), None),
+        (None, _) => ("released".into(), None),
     };
     let facts = &standing.facts;
     let found = Found {
@@ -97,12 +101,12 @@ pub(super) fn look(
 pub fn run(args: &ListArgs, context: &Context) -> Result<Report> {
     let dirs = context.dirs()?;
     let mut found = Vec::new();
-    let mut notes = Vec::new();
     for volume in journal::volumes(&dirs.run)? {
-        let host = context.host(&volume, &StorageArgs::default(), Purpose::Settle)?;
-        match look(&host, &dirs, &volume) {
+        let host = context.host(&volume, &StorageArgs::default(), Purpose::Settle);
+        match host.and_then(|host| look(&host, &dirs, &volume)) {
             Ok((f, _, _)) => found.push(f),
-            Err(e) => notes.push(format!("warning: {}", e.on(&volume))),
+            // One volume in trouble must not hide the others.
+            Err(e) => context.progress.warn(&e.on(&volume).to_string()),
         }
     }
     let settings = context.settings(&args.storage)?;
@@ -116,7 +120,7 @@ pub fn run(args: &ListArgs, context: &Context) -> Result<Report> {
                 Ok(record) => record,
                 Err(e) if e.kind() == Kind::Unreachable => return Err(e),
                 Err(e) => {
-                    notes.push(format!("warning: {e}"));
+                    context.progress.warn(&e.to_string());
                     continue;
                 }
             };
@@ -164,6 +168,9 @@ pub fn run(args: &ListArgs, context: &Context) -> Result<Report> {
         "VOLUME", "STATE", "SIZE", "FS", "DEVICE", "TARGETS", "STORE", "EPOCH", "KEEPER", "ZEROFS",
         "RESTARTS", "REASON",
     ];
+    // What is wrong must not need a wide terminal.
+    let reasons = found.iter().filter(|f| f.state != "attached" && f.state != "elsewhere");
+    let notes = reasons.filter_map(|f| Some(format!("{} is {}: {}", f.volume, f.state, f.reason.as_ref()?)));
     let mut report =
         Report::new("list", &found).names(found.iter().map(|f| f.volume.to_string())).notes(notes);
     report = if found.is_empty() {

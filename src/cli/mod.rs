@@ -2,11 +2,12 @@
 //! [`Report`]. Values are checked once, where arguments become a spec.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::report::{Format, Report};
 
 mod attach;
@@ -25,18 +26,31 @@ mod zerofs;
 
 pub use context::Context;
 
-/// Run ZeroFS volumes: S3-backed block devices, attached, checked, grown and detached without losing a byte
+/// Attach, check, grow and detach ZeroFS volumes: block devices whose data lives in S3
 #[derive(Debug, Parser)]
 #[command(
     name = "zerofsctl",
     version,
     max_term_width = 100,
-    propagate_version = true,
-    infer_subcommands = false
-)]
-#[command(
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 findings, 4 warnings only, 5 done in part, \
-10 not found, 11 busy, 20 unreachable, 130 interrupted."
+    subcommand_required = true,
+    after_help = "\
+Examples:
+  zerofsctl demo
+  zerofsctl attach vol1 --target /mnt/vol1 --size 10Gi
+  zerofsctl list
+  zerofsctl detach vol1
+
+Environment:
+  ZEROFSCTL_STATE_DIR, ZEROFSCTL_RUN_DIR, ZEROFS_BIN    as the options of these names
+  ZEROFSCTL_TOOLS    where zerofs is looked for last [default: ~/.cache/zerofsctl/tools]
+  ZEROFS_ENCRYPTION_PASSWORD_FILE, ZEROFS_ENCRYPTION_PASSWORD    the volume's password
+  AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN    keys for S3
+  NODE_ID    the name of this node in the catalog [default: the host name]
+  NO_COLOR    no colours
+
+Exit codes:
+  0 done    1 failed    2 wrong usage    3 findings    4 warnings only    5 done in part
+  10 not found    11 busy    20 unreachable    130 interrupted"
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -49,36 +63,36 @@ pub struct Cli {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// How to print the answer
-    #[arg(short = 'o', long = "output", global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT", hide_possible_values = true, help = "How to print the answer: table, wide, json, yaml or name")]
+    /// Print the answer as table, wide, json, yaml or name
+    #[arg(short = 'o', long = "output", global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT", hide_possible_values = true)]
     output: Format,
-    /// Configs, caches, logs and the embedded store
+    /// For configs, caches, logs and the embedded store
     #[arg(
         long,
         global = true,
         env = "ZEROFSCTL_STATE_DIR",
         default_value = "/var/lib/zerofsctl",
         value_name = "DIR",
-        hide_env_values = true
+        hide_env = true
     )]
     state_dir: PathBuf,
-    /// Journals, locks and sockets
+    /// For journals, locks and sockets
     #[arg(
         long,
         global = true,
         env = "ZEROFSCTL_RUN_DIR",
         default_value = "/run/zerofsctl",
         value_name = "DIR",
-        hide_env_values = true
+        hide_env = true
     )]
     run_dir: PathBuf,
-    /// The zerofs program; else it is looked for in PATH, then in the tools folder
-    #[arg(long, global = true, env = "ZEROFS_BIN", value_name = "FILE", hide_env_values = true)]
+    /// The zerofs program; else the one in PATH, or in the tools folder
+    #[arg(long, global = true, env = "ZEROFS_BIN", value_name = "FILE", hide_env = true)]
     zerofs_bin: Option<PathBuf>,
-    /// Tell more on standard error; twice for debugging
+    /// Tell more on standard error; -vv for debugging
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
-    /// The form of the story on standard error: text or json
+    /// Write standard error as text or json
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT", hide_possible_values = true)]
     log_format: LogFormat,
 }
@@ -96,13 +110,13 @@ enum LogFormat {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Storage")]
 pub struct StorageArgs {
-    /// Where volumes live: s3://BUCKET/PREFIX or file:///FOLDER; else a store under the state folder
+    /// s3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]
     #[arg(long, value_name = "URL")]
     storage_url: Option<String>,
-    /// Settings, as a map of ConfigMap keys or as Kubernetes manifests
+    /// Settings: ConfigMap keys as a plain map, or Kubernetes manifests
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Secret manifests, when they are not in the --config file; may be repeated
+    /// Secret manifests, if they are not in the --config file; repeatable
     #[arg(long, value_name = "FILE")]
     secret: Vec<PathBuf>,
 }
@@ -126,11 +140,26 @@ enum Command {
 
 /// Parses, runs, prints; the exit code is the answer's or the error's.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let parsed = definition().try_get_matches_from(&args);
+    let cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
-        Err(e) => {
+        Err(e) if !e.use_stderr() => {
+            // A reader may go away after the first lines: `zerofsctl --help | head`.
             let _ = e.print();
-            return u8::try_from(e.exit_code()).unwrap_or(2);
+            return 0;
+        }
+        Err(e) if e.kind() == clap::error::ErrorKind::MissingSubcommand => {
+            let page = definition().try_get_matches_from(args.into_iter().chain(["--help".into()]));
+            let _ = write!(std::io::stderr(), "{}", page.err().map(|e| e.render()).unwrap_or_default());
+            return Kind::Usage.row().exit;
+        }
+        Err(e) => {
+            let json = args.windows(2).any(|w| w[0] == "--log-format" && w[1] == "json")
+                || args.iter().any(|a| a == "--log-format=json");
+            let error = wrong_usage(&e);
+            context::write_error(&error, json);
+            return error.kind().row().exit;
         }
     };
     // Neither a terminal nor a signal handler is anything for the keeper.
@@ -147,6 +176,23 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
             error.kind().row().exit
         }
     }
+}
+
+/// What clap complains about, in the form of all our errors: what is wrong, and the help page to read.
+fn wrong_usage(e: &clap::Error) -> Error {
+    let text = e.render().to_string();
+    let mut page = String::from("zerofsctl");
+    let mut kept = Vec::new();
+    for paragraph in text.trim().split("\n\n") {
+        if let Some(usage) = paragraph.strip_prefix("Usage: ") {
+            let words = usage.split(' ').take_while(|w| w.starts_with(|c: char| c.is_ascii_lowercase()));
+            page = words.collect::<Vec<_>>().join(" ");
+        } else if !paragraph.starts_with("For more information") {
+            kept.push(paragraph.trim().trim_start_matches("error: "));
+        }
+    }
+    // A tip such as "a similar argument exists" is worth more than the page, but both fit.
+    Error::usage(kept.join("; ").replace("\n ", "")).hint(format!("see: {page} --help"))
 }
 
 fn run(command: Command, context: &Context) -> Result<Report> {
@@ -166,7 +212,55 @@ fn run(command: Command, context: &Context) -> Result<Report> {
     }
 }
 
-/// The definition, for help pages, man pages and completions.
+/// The definition, for parsing, help pages, man pages and completions. Every help page is the short one, so that
+/// it fits on a screen; what a command's comment says beyond its first line stands below that line.
 pub fn definition() -> clap::Command {
-    Cli::command()
+    fn compact(command: clap::Command) -> clap::Command {
+        let more = command.get_long_about().map(ToString::to_string);
+        let more = more.as_deref().and_then(|text| text.split_once("\n\n")).map(|(_, more)| more.to_owned());
+        let command = match more {
+            // A template is taken as it is, so the lines are broken here.
+            Some(more) => command.help_template(format!(
+                "{{before-help}}{{about-with-newline}}\n{}\n\n{{usage-heading}} {{usage}}\n\n{{all-args}}{{after-help}}",
+                wrapped(&more)
+            )),
+            None => command,
+        };
+        command.disable_help_flag(true).disable_help_subcommand(true).mut_subcommands(compact).arg(
+            clap::Arg::new("help")
+                .short('h')
+                .long("help")
+                .help("Print this help")
+                .help_heading("Global options")
+                .display_order(1000)
+                .action(clap::ArgAction::HelpShort),
+        )
+    }
+    compact(Cli::command())
+}
+
+/// At most 100 columns, as the rest of the help.
+fn wrapped(text: &str) -> String {
+    let mut out = String::new();
+    for paragraph in text.split("\n\n") {
+        let mut column = 0;
+        for word in paragraph.split_whitespace() {
+            let width = word.chars().count();
+            match column {
+                0 => {}
+                n if n + 1 + width > 100 => {
+                    out.push('\n');
+                    column = 0;
+                }
+                _ => {
+                    out.push(' ');
+                    column += 1;
+                }
+            }
+            out.push_str(word);
+            column += width;
+        }
+        out.push_str("\n\n");
+    }
+    out.trim_end().to_owned()
 }

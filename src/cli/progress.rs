@@ -1,12 +1,13 @@
 //! Progress on standard error: a spinner on a terminal, plain lines otherwise, JSON lines where asked for.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::rc::Rc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+use serde_json::json;
 
-use crate::error::Error;
 use crate::journal::Outcome;
 use crate::plan::{Plan, Task};
 use crate::run::Observer;
@@ -19,6 +20,11 @@ struct Inner {
     bar: Option<ProgressBar>,
     json: bool,
     verbose: u8,
+}
+
+/// A line on standard error. A reader that went away is no reason to stop half-way.
+fn print(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 impl Progress {
@@ -49,13 +55,17 @@ impl Progress {
 
     fn line(&self, word: &str, text: &str) {
         if self.0.json {
-            eprintln!("{}", serde_json::json!({"level": word.to_uppercase(), "message": text}));
+            let level = if word == "warning" { "WARN" } else { "INFO" };
+            print(&json!({"timestamp": Timestamp::now(), "level": level, "message": text}).to_string());
             return;
         }
-        let line = format!("{word}: {text}");
+        self.print(&format!("{word}: {text}"));
+    }
+
+    fn print(&self, line: &str) {
         match &self.0.bar {
-            Some(bar) if !bar.is_finished() => bar.suspend(|| eprintln!("{line}")),
-            _ => eprintln!("{line}"),
+            Some(bar) if !bar.is_finished() => bar.suspend(|| print(line)),
+            _ => print(line),
         }
     }
 
@@ -108,23 +118,14 @@ impl Observer for Progress {
         };
         if self.0.json {
             let milliseconds = (elapsed.as_secs_f64() * 1e6).round() / 1e3;
-            eprintln!(
-                "{}",
-                serde_json::json!({"level": "INFO", "volume": plan.volume, "operation": plan.operation.name(),
-                    "step": task.name(), "outcome": outcome, "milliseconds": milliseconds})
-            );
-        } else if self.0.bar.is_none() && self.0.verbose > 0 {
-            eprintln!("{}: {} {outcome} ({:.1} ms)", plan.volume, task.name(), elapsed.as_secs_f64() * 1e3);
-        }
-    }
-
-    fn failed(&self, plan: &Plan, task: &Task, error: &Error) {
-        if self.0.json {
-            eprintln!(
-                "{}",
-                serde_json::json!({"level": "ERROR", "volume": plan.volume, "operation": plan.operation.name(),
-                    "step": task.name(), "message": error.message()})
-            );
+            let line = json!({"timestamp": Timestamp::now(), "level": "INFO",
+                "message": task.step.describe(task.direction), "volume": plan.volume,
+                "operation": plan.operation.name(), "step": task.name(), "outcome": outcome,
+                "milliseconds": milliseconds});
+            print(&line.to_string());
+        } else if self.0.verbose > 0 {
+            let milliseconds = elapsed.as_secs_f64() * 1e3;
+            self.print(&format!("{}: {} {outcome} ({milliseconds:.1} ms)", plan.volume, task.name()));
         }
     }
 

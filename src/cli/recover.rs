@@ -7,15 +7,17 @@ use crate::error::{Error, Kind, Result};
 use crate::journal;
 use crate::ops;
 use crate::report::Report;
-use crate::run::Engine;
 use crate::values::VolumeId;
 
 /// Settle what killed commands and killed keepers left
 ///
-/// A cut-short attach is undone, a cut-short detach or resize is finished. A volume whose keeper was killed is taken
-/// down, everything acknowledged is replayed, and it is attached again where it was. attach and detach do the same
-/// first. What is in order is not touched.
+/// An attach that was cut short is undone; a detach or resize is finished. A volume whose keeper was killed is taken
+/// down, every acknowledged write is replayed, and it is attached again where it was. attach and detach do the same
+/// first, for their own volume. What is in order is not touched.
 #[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  zerofsctl recover
+  zerofsctl recover vol1")]
 pub struct RecoverArgs {
     /// Only this volume; otherwise every volume of this node
     volume: Option<String>,
@@ -37,7 +39,7 @@ pub fn run(args: &RecoverArgs, context: &Context) -> Result<Report> {
     let volumes: Vec<VolumeId> = only.map_or(here, |v| vec![v]);
     for volume in &volumes {
         let result = context.host(volume, &args.storage, Purpose::Start).and_then(|host| {
-            let engine = Engine { host: &host, observer: &context.progress };
+            let engine = context.engine(&host);
             ops::recover::recover(&engine, &dirs.run, volume)
         });
         match result {

@@ -3,12 +3,11 @@ use clap::Args;
 use super::context::Purpose;
 use super::{Context, StorageArgs, attach, detach};
 use crate::error::Result;
-use crate::ops;
+use crate::ops::{self, AttachSpec};
 use crate::report::Report;
-use crate::run::Engine;
-use crate::values::ByteSize;
+use crate::values::{ByteSize, TargetPath};
 
-/// Grow an attached volume, its device and its filesystem, online
+/// Grow a volume, its device and its filesystem: online when it is attached
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:
   zerofsctl resize vol1 20Gi")]
@@ -20,6 +19,8 @@ pub struct ResizeArgs {
     /// Print the plan and change nothing
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    storage: StorageArgs,
 }
 
 pub fn run(args: &ResizeArgs, context: &Context) -> Result<Report> {
@@ -28,16 +29,23 @@ pub fn run(args: &ResizeArgs, context: &Context) -> Result<Report> {
     let dirs = context.dirs()?;
     let (volume, _) = detach::resolve(&args.volume, context, &dirs)?;
     context.require_root()?;
-    let host = context.host(&volume, &StorageArgs::default(), Purpose::Settle)?;
+    let host = context.host(&volume, &args.storage, Purpose::Start).map_err(|e| e.on(&volume))?;
+    // Where a volume that is not attached is mounted for a moment, as XFS and Btrfs need it.
+    let place = dirs.volume_run(&volume).join("grow");
+    let spec = AttachSpec::plain(
+        volume.clone(),
+        TargetPath::new(&place, &context.cwd)?,
+        host.catalog().url().to_string(),
+    );
     if args.dry_run {
         return Ok(Report::of_preview(
             "resize",
             &volume,
-            &ops::resize::preview(&host, &dirs.run, &volume, size)?,
+            &ops::resize::preview(&host, &dirs.run, &spec, size)?,
         ));
     }
-    let engine = Engine { host: &host, observer: &context.progress };
-    let run = ops::resize::resize(&engine, &dirs.run, &volume, size)?;
+    let engine = context.engine(&host);
+    let run = ops::resize::resize(&engine, &dirs.run, &spec, size)?;
     let already = if run.already() { "already " } else { "" };
     Ok(Report::of_run("resize", &volume, &run).summary(format!("{volume} {already}has {size}")))
 }

@@ -8,8 +8,15 @@ use crate::error::{Error, Kind, Result};
 use crate::journal::{Journal, Outcome, TaskState};
 use crate::report::Report;
 
-/// Show all that is known of one volume: processes, sockets, device, mounts, journal
+/// Show all of one volume: processes, sockets, device, mounts, journal
+///
+/// In the journal, a step stands bare when it was done, with = when it was so already, ? when it was begun, - when it
+/// was undone, and … when it is still to come.
 #[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  zerofsctl show vol1
+  zerofsctl show /mnt/vol1
+  zerofsctl show vol1 -o json")]
 pub struct ShowArgs {
     /// A volume's name, one of its targets, or its device
     volume: String,
@@ -45,13 +52,13 @@ pub fn run(args: &ShowArgs, context: &Context) -> Result<Report> {
         row(
             "catalog",
             format!(
-                "{}, content {:?}, epoch {}, ZeroFS {}",
+                "{}, {}, content {}, epoch {}, written by ZeroFS {}",
                 r.capacity,
-                r.content,
+                r.filesystem.map_or("no filesystem", |fs| fs.name()),
+                format!("{:?}", r.content).to_lowercase(),
                 r.epoch,
                 r.zerofs_version.as_deref().unwrap_or("unknown")
-            )
-            .to_lowercase(),
+            ),
         );
         row("owner", r.owner.as_ref().map_or_else(|| "nobody".into(), ToString::to_string));
     }

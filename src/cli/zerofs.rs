@@ -7,7 +7,7 @@ use crate::host::linux::version_of;
 use crate::report::Report;
 use crate::zerofs::versions::{Profile, profiles};
 
-/// What zerofsctl knows of ZeroFS itself
+/// Tell what is known of ZeroFS itself
 #[derive(Debug, Clone, Args)]
 pub struct ZerofsArgs {
     #[command(subcommand)]
@@ -16,7 +16,7 @@ pub struct ZerofsArgs {
 
 #[derive(Debug, Clone, Subcommand)]
 enum ZerofsCommand {
-    /// Known versions: config keys, known faults and what is done about each; and which program is found
+    /// List the known versions, their faults, the guard against each, and the program found
     Versions,
 }
 
@@ -40,27 +40,34 @@ pub fn run(args: &ZerofsArgs, context: &Context) -> Result<Report> {
             format!("{}{}", p.version, if starred { " *" } else { "" }),
             format!("{:?}", p.knowledge).to_lowercase(),
             store.to_owned(),
-            if faults.is_empty() { "-".into() } else { faults.join(", ") },
+            faults.len().to_string(),
             sections.into_iter().collect::<Vec<_>>().join(" "),
+            if faults.is_empty() { "-".into() } else { faults.join(", ") },
         ]
     };
     let rows = known.iter().map(row_of).collect();
     let mut notes = Vec::new();
     match &found {
         Ok((program, version)) => {
-            notes.push(format!("found: {} (version {version}; its row is marked *)", program.display()));
+            notes.push(String::new());
+            notes.push(format!("Found: {} (version {version}, marked *)", program.display()));
             let profile = Profile::of(*version)?;
             notes.extend(profile.warning.iter().map(|w| format!("warning: {w}")));
             for fault in &profile.faults {
-                notes.push(format!("{}: {}\n    guard: {}", fault.name, fault.what, fault.guard));
+                notes.push(format!("  {}: {}\n    guard: {}", fault.name, fault.what, fault.guard));
             }
         }
-        Err(e) => notes.push(format!("found: none ({e})")),
+        Err(e) => {
+            notes.push(String::new());
+            notes.push(format!("Found: none ({e})"));
+            notes.extend(e.hint_text().map(|hint| format!("hint: {hint}")));
+        }
     }
     let program = found.as_ref().ok().map(|(p, v)| json!({"path": p, "version": v}));
     Ok(Report::new("zerofs-versions", json!({"program": program, "profiles": known}))
-        .summary("Each row holds from its version up to the next one.")
-        .table(&["FROM", "KNOWN BY", "STORE", "FAULTS", "CONFIG SECTIONS"], rows)
+        .summary("Each row holds from its version up to the next; -o wide names the faults.")
+        .table(&["FROM", "KNOWN BY", "STORE", "FAULTS", "CONFIG SECTIONS", "WHICH FAULTS"], rows)
+        .wide_from(5)
         .names(known.iter().map(|p| p.version.to_string()))
         .notes(notes))
 }

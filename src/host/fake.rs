@@ -245,6 +245,10 @@ impl Observe for FakeHost {
         Ok(self.world.borrow().record.as_ref().filter(|r| r.owned).map(claimed))
     }
 
+    fn claim_absent(&self, volume: &VolumeId) -> Result<bool> {
+        self.claim(volume).map(|c| c.is_none())
+    }
+
     fn config_present(&self, _: &VolumeId) -> Result<bool> {
         Ok(self.world.borrow().config)
     }
@@ -303,6 +307,10 @@ impl Observe for FakeHost {
 
     fn device_users(&self, _: &Path) -> Result<Vec<User>> {
         Ok(self.world.borrow().users.clone())
+    }
+
+    fn can_grow_mounted(&self, _: FsType) -> Result<()> {
+        Ok(())
     }
 
     fn filesystem_fills_device(&self, device: &Device, _: FsType, _: &Path) -> Result<bool> {
@@ -577,6 +585,16 @@ impl Host for FakeHost {
 
     fn grow_filesystem(&self, device: &Device, _: FsType, _: &Path) -> Result<()> {
         self.change(|w| {
+            if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
+                f.size = device.size;
+            }
+            Ok(())
+        })
+    }
+
+    fn grow_unmounted(&self, device: &Device) -> Result<()> {
+        self.change(|w| {
+            assert!(w.mounts.is_empty(), "grown as if it were unmounted");
             if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
                 f.size = device.size;
             }

@@ -279,6 +279,46 @@ impl LinuxHost {
         }
     }
 
+    /// Claims, once there is what it takes to release; `asked` tells whether the claim may have been taken.
+    fn take_claim_saved(
+        &self,
+        volume: &VolumeId,
+        request: &ClaimRequest,
+        asked: &mut bool,
+    ) -> Result<Claimed> {
+        for _ in 0..8 {
+            let Some((mut record, tag)) = self.fetch(volume)? else {
+                let first = self.first_record(volume, request)?;
+                match self.catalog.create(&first)? {
+                    Written::Done(tag) => *self.known.borrow_mut() = Some((first, tag)),
+                    Written::LostRace => continue,
+                }
+                continue;
+            };
+            self.check_version(&record)?;
+            self.check_password(&record)?;
+            if record.content == Content::Never {
+                // Nothing was ever written to it, so its size and filesystem are whatever is asked for last.
+                record.capacity = request.size.unwrap_or(record.capacity);
+                record.filesystem = request.fs.or(record.filesystem).filter(|_| !request.block);
+            }
+            let ask = self.claim_options(&record, request)?;
+            let claim = record.claim(&self.owner, &ask)?;
+            if self.known.borrow().as_ref().is_some_and(|(known, _)| *known == claim.record) {
+                return Ok(self.claimed(&claim.record, claim.how));
+            }
+            *asked = true;
+            if let Written::Done(tag) = self.catalog.update(&claim.record, &tag)? {
+                let claimed = self.claimed(&claim.record, claim.how);
+                *self.known.borrow_mut() = Some((claim.record, tag));
+                return Ok(claimed);
+            }
+            // Somebody else was first: this one was certainly not taken.
+            *asked = false;
+        }
+        Err(Error::new(Kind::Busy, "its catalog record keeps changing under us").hint("try again"))
+    }
+
     /// A record for a volume that has none: new, or made by an older driver.
     fn first_record(&self, volume: &VolumeId, request: &ClaimRequest) -> Result<VolumeRecord> {
         let profile = Profile::of(self.zerofs_version()?)?;
@@ -532,6 +572,21 @@ impl Observe for LinuxHost {
         }
     }
 
+    fn claim_absent(&self, volume: &VolumeId) -> Result<bool> {
+        if access::load(&self.dirs.volume_state(volume))?.is_some() {
+            return Ok(false);
+        }
+        match self.fetch(volume) {
+            Ok(found) => {
+                let owner = found.and_then(|(record, _)| record.owner);
+                Ok(owner.is_none_or(|owner| owner.relation(&self.owner) != Relation::Us))
+            }
+            // The access file is the first thing that a claim writes and the last that a release removes.
+            Err(e) if e.kind() == Kind::Unreachable => Ok(true),
+            Err(e) => Err(e),
+        }
+    }
+
     fn config_present(&self, volume: &VolumeId) -> Result<bool> {
         let path = self.dirs.config(volume);
         let text = match std::fs::read_to_string(&path) {
@@ -618,6 +673,23 @@ impl Observe for LinuxHost {
         users::of_device(device)
     }
 
+    fn can_grow_mounted(&self, fs: FsType) -> Result<()> {
+        const CAP_SYS_RESOURCE: u64 = 1 << 24;
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let effective = status
+            .lines()
+            .find_map(|l| l.strip_prefix("CapEff:"))
+            .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+            .unwrap_or(u64::MAX);
+        if fs == FsType::Ext4 && effective & CAP_SYS_RESOURCE == 0 {
+            return Err(Error::environment(
+                "growing an ext4 while it is mounted needs CAP_SYS_RESOURCE, which this process lacks",
+            )
+            .hint("detach it, then resize it: a detached volume grows without that"));
+        }
+        Ok(())
+    }
+
     fn filesystem_fills_device(&self, device: &Device, fs: FsType, target: &Path) -> Result<bool> {
         super::fssize::fills(device, fs, target)
     }
@@ -627,36 +699,17 @@ impl Host for LinuxHost {
     fn take_claim(&self, volume: &VolumeId, request: &ClaimRequest) -> Result<Claimed> {
         // First of all: without it, nobody could ever release what we claim.
         let folder = self.dirs.volume_state(volume);
+        let first = access::load(&folder)?.is_none();
         private_folder(&folder)?;
         access::save(&folder, &self.storage.url, &self.storage.s3)?;
-        for _ in 0..8 {
-            let Some((mut record, tag)) = self.fetch(volume)? else {
-                let first = self.first_record(volume, request)?;
-                match self.catalog.create(&first)? {
-                    Written::Done(tag) => *self.known.borrow_mut() = Some((first, tag)),
-                    Written::LostRace => continue,
-                }
-                continue;
-            };
-            self.check_version(&record)?;
-            self.check_password(&record)?;
-            if record.content == Content::Never {
-                // Nothing was ever written to it, so its size and filesystem are whatever is asked for last.
-                record.capacity = request.size.unwrap_or(record.capacity);
-                record.filesystem = request.fs.or(record.filesystem).filter(|_| !request.block);
-            }
-            let ask = self.claim_options(&record, request)?;
-            let claim = record.claim(&self.owner, &ask)?;
-            if self.known.borrow().as_ref().is_some_and(|(known, _)| *known == claim.record) {
-                return Ok(self.claimed(&claim.record, claim.how));
-            }
-            if let Written::Done(tag) = self.catalog.update(&claim.record, &tag)? {
-                let claimed = self.claimed(&claim.record, claim.how);
-                *self.known.borrow_mut() = Some((claim.record, tag));
-                return Ok(claimed);
-            }
+        let mut asked = false;
+        let result = self.take_claim_saved(volume, request, &mut asked);
+        if result.is_err() && first && !asked {
+            // Refused before the catalog was asked for anything: nothing is ours, and nothing of it stays.
+            access::remove(&folder)?;
+            remove(std::fs::remove_dir(&folder), &folder)?;
         }
-        Err(Error::new(Kind::Busy, "its catalog record keeps changing under us").hint("try again"))
+        result
     }
 
     fn release_claim(&self, volume: &VolumeId) -> Result<()> {
@@ -982,6 +1035,17 @@ impl Host for LinuxHost {
         }
         .success()
         .map(drop)
+    }
+
+    fn grow_unmounted(&self, device: &Device) -> Result<()> {
+        let path = device.path.as_os_str();
+        // resize2fs insists on a fresh full check.
+        let check = Program::E2fsck.run(&[OsStr::new("-f"), OsStr::new("-p"), path], None)?;
+        if !matches!(check.code, Some(0 | 1)) {
+            return Err(Error::refused(check.failure().message())
+                .hint("check it, then repair it: zerofsctl fsck VOLUME --repair"));
+        }
+        Program::Resize2fs.run(&[path], None)?.success().map(drop)
     }
 
     fn make_folder(&self, target: &TargetPath) -> Result<()> {

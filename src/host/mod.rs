@@ -192,6 +192,8 @@ impl Default for StopOptions {
 pub trait Observe {
     /// Our claim on the volume, if we hold it.
     fn claim(&self, volume: &VolumeId) -> Result<Option<Claimed>>;
+    /// Whether nothing is left of a claim: it is not ours in the catalog, and nothing is kept to release it with.
+    fn claim_absent(&self, volume: &VolumeId) -> Result<bool>;
     /// Whether the config on disk is the one that we would write.
     fn config_present(&self, volume: &VolumeId) -> Result<bool>;
     /// Whether anything of the volume's state folder exists.
@@ -210,7 +212,9 @@ pub trait Observe {
     fn target(&self, target: &TargetPath) -> Result<TargetView>;
     /// Who uses the device besides its mounts in this namespace: openers, other mount namespaces, holders.
     fn device_users(&self, device: &Path) -> Result<Vec<User>>;
-    /// Size of the filesystem mounted at `target`, as its superblock tells: none when it fills the device.
+    /// An error if this machine cannot grow that filesystem while it is mounted.
+    fn can_grow_mounted(&self, fs: FsType) -> Result<()>;
+    /// Whether the filesystem, mounted at `target` (an ext4 may also be unmounted), has the device's size.
     fn filesystem_fills_device(&self, device: &Device, fs: FsType, target: &Path) -> Result<bool>;
 }
 
@@ -269,7 +273,9 @@ pub trait Host: Observe {
     fn unmount(&self, target: &Path, dead: bool) -> Result<()>;
     /// Grows the mounted filesystem to the device's size.
     fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()>;
-    /// Makes an empty folder, parents included.
+    /// Grows an unmounted ext4 to the device's size.
+    fn grow_unmounted(&self, device: &Device) -> Result<()>;
+    /// Makes an empty folder.
     fn make_folder(&self, target: &TargetPath) -> Result<()>;
     /// Removes it when empty; otherwise leaves it.
     fn remove_folder(&self, target: &TargetPath) -> Result<()>;

@@ -29,6 +29,9 @@ pub const VERSION: u32 = 1;
 /// The longest accepted line, in bytes.
 pub(crate) const MAX_LINE: u64 = 256 * 1024;
 
+/// The name of the threads that answer clients.
+pub(crate) const CLIENT_THREAD: &str = "client";
+
 /// How many clients are answered at once; a further one is turned away.
 const MAX_CLIENTS: usize = 32;
 
@@ -293,7 +296,7 @@ pub(crate) fn serve(listener: &UnixListener, handler: &Arc<dyn Handler>) {
             continue;
         }
         let (handler, mine) = (handler.clone(), clients.clone());
-        let spawned = super::thread("client", move || {
+        let spawned = super::thread(CLIENT_THREAD, move || {
             if let Err(e) = converse(&stream, handler.as_ref()) {
                 tracing::debug!("a client went away: {e}");
             }

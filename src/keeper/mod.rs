@@ -10,11 +10,13 @@
 mod causes;
 pub mod client;
 pub mod control;
-mod fuse;
+pub mod fuse;
 pub mod guard;
 pub mod log;
 pub mod path;
 pub mod process;
+mod ready;
+mod service;
 mod supervisor;
 mod watchdog;
 
@@ -25,7 +27,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -37,7 +39,8 @@ use self::client::KeeperClient;
 use self::control::{Handler, WireError};
 use self::path::{DataPath, DataPathConfig};
 use self::process::{Identity, Launch, boot_id, passed_on, set_own_oom_score, write_json};
-use self::supervisor::{Event, Shared, Supervisor};
+use self::service::Shared;
+use self::supervisor::{Event, Supervisor};
 use self::watchdog::Watch;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::{Cgroup, Limits};
@@ -290,6 +293,7 @@ impl Keeper {
         let signals = signals_to_wait_for();
         signals.thread_block().doing("block the signals of", "the keeper")?;
         log_to(&config.log_dir.join(KEEPER_LOG))?;
+        end_on_panic();
         info!("keeper of volume {}, zerofsctl {}", config.volume, env!("CARGO_PKG_VERSION"));
 
         let profile = Profile::of(config.zerofs_version)?;
@@ -444,6 +448,19 @@ fn become_part_of_the_io_path() -> Vec<String> {
     notes
 }
 
+/// A thread of the data path or the supervisor that is gone would leave the device hanging for ever, and
+/// nobody would know why. An end of the whole process is noticed, and what was acknowledged is in the log.
+fn end_on_panic() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        error!("{panic}");
+        if std::thread::current().name() != Some(control::CLIENT_THREAD) {
+            std::process::abort();
+        }
+    }));
+}
+
 fn signals_to_wait_for() -> SigSet {
     // HUP and INT come from terminals; a keeper has none, and ends by TERM or by its socket.
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect()
@@ -514,4 +531,9 @@ pub(crate) fn thread(
     work: impl FnOnce() + Send + 'static,
 ) -> io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new().name(name.to_owned()).stack_size(256 * 1024).spawn(work)
+}
+
+/// Locks. A panic elsewhere leaves nothing half done in what we guard so.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -518,11 +518,11 @@ impl DataPath {
     /// it is not mounted.
     pub fn unmount_fuse(&self) -> Result<()> {
         let mut slot = lock(&self.mount);
-        if let Some(mount) = slot.take() {
-            if let Err((mount, e)) = mount.unmount() {
-                *slot = Some(mount);
-                return Err(e.on(&self.shared.config.volume));
-            }
+        if let Some(mount) = slot.take()
+            && let Err((mount, e)) = mount.unmount()
+        {
+            *slot = Some(mount);
+            return Err(e.on(&self.shared.config.volume));
         }
         Ok(())
     }
@@ -936,7 +936,7 @@ impl Receiver {
         shared.act(out);
         if self.buffers.iter().any(|b| b.bytes.len() > RECEIVE || shared.conn(b.conn).is_none()) {
             self.buffers.retain(|b| shared.conn(b.conn).is_some());
-            for buffer in self.buffers.iter_mut().filter(|b| b.filled <= RECEIVE) {
+            for buffer in self.buffers.iter_mut().filter(|b| b.filled == 0) {
                 buffer.bytes.truncate(RECEIVE);
                 buffer.bytes.shrink_to_fit();
             }

@@ -12,26 +12,26 @@
 //! ```
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, error, info, warn};
 
-use super::control::{Answer, Handler, Progress, Request, State, Status, StopOptions, Stopped, WireError};
-use super::path::{DataEvent, DataPath, LogState, Replayed};
+use super::control::{Answer, Progress, State, StopOptions, Stopped};
+use super::path::{DataEvent, LogState, Replayed};
 use super::process::{Exit, Identity, Launch, MARKER, Process, find_marked, passed_on, write_json};
+use super::ready::wait_until_it_answers;
+use super::service::{FUSE_DIR, Shared, fenced_error, stopping_error};
 use super::watchdog::{Alarm, Finding, Watch};
-use super::{Hooks, KeeperConfig, causes, thread};
+use super::{Hooks, causes, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::Cgroup;
-use crate::zerofs::sock;
 use crate::zerofs::versions::{Profile, Sign};
 
 /// The sockets of ZeroFS in the run folder: 9P, NBD, RPC.
@@ -39,9 +39,6 @@ pub(crate) const SOCKETS: [&str; 3] = ["9p.sock", "nbd.sock", "rpc.sock"];
 
 /// The record of the running ZeroFS in the run folder.
 pub(crate) const RECORD: &str = "zerofs.pid";
-
-/// The folder of the FUSE mount in the run folder.
-pub(crate) const FUSE_DIR: &str = "fuse";
 
 /// The replay log in the run folder.
 const REPLAY_LOG: &str = "replay.log";
@@ -60,9 +57,6 @@ const SILENCE: Duration = Duration::from_secs(8);
 
 /// A keeper whose ZeroFS never started ends by itself after that long: nobody came for the error.
 const FAILED_LINGER: Duration = Duration::from_secs(120);
-
-/// For how long a complaint about the storage is worth showing.
-const TROUBLE: Duration = Duration::from_secs(30);
 
 /// The fault of versions that answer with zeros when the storage fails a read.
 const READ_ERRORS_ARE_ZEROS: &str = "read-errors-are-zeros";
@@ -126,38 +120,6 @@ struct Stopping {
     waiting: Vec<(Instant, Sender<Answer>)>,
     flushing: bool,
     warnings: Vec<String>,
-}
-
-/// What the clients' threads see.
-pub(crate) struct Shared {
-    config: KeeperConfig,
-    own: Identity,
-    data: Arc<DataPath>,
-    events: Sender<Event>,
-    board: Mutex<Board>,
-    changed: Condvar,
-    /// Held while the FUSE file is mounted or unmounted, and while a stop looks whether it is.
-    mounting: Mutex<()>,
-    restarts: AtomicU64,
-    /// Clients of `stop` that have not been sent their last line.
-    stop_clients: AtomicU64,
-}
-
-#[derive(Clone)]
-struct Board {
-    state: State,
-    since: Instant,
-    reason: Option<String>,
-    error: Option<WireError>,
-    zerofs: Option<Identity>,
-    data_path: bool,
-    trouble: Option<(Instant, String)>,
-    warnings: Vec<String>,
-    stopping: bool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// See the module.
@@ -322,7 +284,8 @@ impl Supervisor {
         info!("ZeroFS {exit}");
         match self.phase {
             Phase::Terminating => {
-                if exit != Exit::Code(0)
+                // Of an adopted one nobody tells us.
+                if !matches!(exit, Exit::Code(0) | Exit::Unknown)
                     && self.answered
                     && let Some(stopping) = &mut self.stopping
                 {
@@ -747,15 +710,15 @@ impl Supervisor {
 
     fn stop(&mut self, options: StopOptions, reply: Sender<Answer>) {
         {
-            let _mounting = lock(&self.shared.mounting);
-            if self.shared.fuse_mounted() {
+            let mut ours = lock(&self.shared.mounting);
+            if self.shared.still_mounted(&mut ours) {
                 if !options.even_if_mounted {
                     let e = Error::new(Kind::Busy, "the volume's FUSE file is still mounted")
                         .hint("detach the volume: zerofsctl detach VOLUME");
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }
-                if let Err(e) = self.shared.unmount(options.force) {
+                if let Err(e) = self.shared.unmount(&mut ours, options.force) {
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }
@@ -970,15 +933,6 @@ impl Supervisor {
     }
 }
 
-fn fenced_error(reason: &str) -> Error {
-    Error::new(Kind::Conflict, reason)
-        .hint("the other node has it now: zerofsctl show VOLUME; detach it here: zerofsctl detach VOLUME")
-}
-
-fn stopping_error() -> Error {
-    Error::new(Kind::Busy, "the keeper is stopping").hint("wait for it, then attach again")
-}
-
 /// Removes the sockets that a dead ZeroFS left behind: they outlive it.
 pub(crate) fn remove_sockets(run_dir: &Path) -> Result<()> {
     for name in SOCKETS {
@@ -989,245 +943,4 @@ pub(crate) fn remove_sockets(run_dir: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Waits until both sockets answer; false when the process ended before.
-fn wait_until_it_answers(dir: &Path, process: &Process) -> bool {
-    let begun = Instant::now();
-    let (mut ninep, mut nbd) = (false, false);
-    loop {
-        ninep = ninep || ninep_answers(dir).is_ok();
-        nbd = nbd || (ninep && nbd_answers(dir).is_ok());
-        if ninep && nbd {
-            return true;
-        }
-        // Attach waits for this, so it looks often at first; a slow store is not worth that.
-        let pause = match begun.elapsed().as_secs() {
-            0..3 => 2,
-            3..15 => 20,
-            _ => 200,
-        };
-        if process.ended(Duration::from_millis(pause)) {
-            return false;
-        }
-    }
-}
-
-/// Sends a 9P Tversion and reads the answer.
-fn ninep_answers(dir: &Path) -> io::Result<()> {
-    let mut stream = sock::connect_within(dir, "9p.sock", Duration::from_secs(2))?;
-    stream.write_all(b"\x15\0\0\0\x64\xff\xff\0\x20\0\0\x08\09P2000.L")?;
-    expect(&mut stream, 4, b"\x65")
-}
-
-/// Reads the greeting of an NBD server.
-fn nbd_answers(dir: &Path) -> io::Result<()> {
-    let mut stream = sock::connect_within(dir, "nbd.sock", Duration::from_secs(2))?;
-    expect(&mut stream, 0, b"NBDMAGIC")
-}
-
-fn expect(stream: &mut UnixStream, skip: usize, wanted: &[u8]) -> io::Result<()> {
-    let mut got = vec![0; skip + wanted.len()];
-    stream.read_exact(&mut got)?;
-    if &got[skip..] == wanted { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
-}
-
-impl Shared {
-    pub fn new(config: KeeperConfig, data: Arc<DataPath>, events: Sender<Event>) -> Shared {
-        Shared {
-            config,
-            own: Identity::own(),
-            data,
-            events,
-            board: Mutex::new(Board {
-                state: State::Starting,
-                since: Instant::now(),
-                reason: None,
-                error: None,
-                zerofs: None,
-                data_path: false,
-                trouble: None,
-                warnings: Vec::new(),
-                stopping: false,
-            }),
-            changed: Condvar::new(),
-            mounting: Mutex::new(()),
-            restarts: AtomicU64::new(0),
-            stop_clients: AtomicU64::new(0),
-        }
-    }
-
-    /// Waits a moment until each client of `stop` has its last line, so that the process may end.
-    pub fn wait_for_clients(&self) {
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while self.stop_clients.load(Ordering::SeqCst) > 0 && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    pub fn warn(&self, warning: String) {
-        warn!("{warning}");
-        self.show(|b| b.warnings.push(warning));
-    }
-
-    fn show(&self, change: impl FnOnce(&mut Board)) {
-        change(&mut lock(&self.board));
-        self.changed.notify_all();
-    }
-
-    fn enter(&self, state: State, reason: Option<String>) {
-        self.show(|b| {
-            if b.state != state {
-                b.since = Instant::now();
-            }
-            b.state = state;
-            b.reason = reason;
-        });
-    }
-
-    /// ZeroFS complains about its storage, but copes.
-    fn trouble(&self, line: String) {
-        self.show(|b| b.trouble = Some((Instant::now(), line)));
-    }
-
-    fn fuse_dir(&self) -> PathBuf {
-        self.config.run_dir.join(FUSE_DIR)
-    }
-
-    /// As the kernel sees it, whoever mounted or unmounted it.
-    fn fuse_mounted(&self) -> bool {
-        super::is_mount_point(&self.fuse_dir())
-    }
-
-    fn unmount(&self, force: bool) -> Result<()> {
-        match self.data.unmount_fuse() {
-            Err(e) if force => {
-                warn!("{e}; detaching it");
-                let dir = self.fuse_dir();
-                nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH).doing("unmount", &dir)
-            }
-            result => result,
-        }
-    }
-
-    fn status(&self) -> Status {
-        let board = lock(&self.board).clone();
-        let trouble = board.trouble.filter(|(at, _)| at.elapsed() < TROUBLE);
-        let trouble = trouble.map(|(_, line)| format!("ZeroFS has trouble with its storage: {line}"));
-        Status {
-            volume: self.config.volume.clone(),
-            keeper: self.own.clone(),
-            zerofs: board.zerofs,
-            zerofs_version: self.config.zerofs_version,
-            state: board.state,
-            reason: board.reason.or(trouble),
-            error: board.error,
-            state_seconds: board.since.elapsed().as_secs_f64(),
-            restarts: self.restarts.load(Ordering::Relaxed),
-            epoch: self.config.epoch,
-            data_path: board.data_path,
-            size: self.data.size(),
-            log: self.data.log_state(),
-            fuse_mounted: self.fuse_mounted(),
-            stats: self.data.stats(),
-            warnings: board.warnings,
-        }
-    }
-
-    fn wait_ready(&self, limit: Duration) -> Result<Status> {
-        let board = lock(&self.board);
-        let (board, _) = self
-            .changed
-            .wait_timeout_while(board, limit, |b| b.state == State::Starting)
-            .unwrap_or_else(PoisonError::into_inner);
-        match (board.state, &board.error) {
-            (State::Failed, Some(e)) => Err(e.clone().into()),
-            (State::Starting, _) => {
-                let why = board.reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default();
-                Err(Error::new(
-                    Kind::Unreachable,
-                    format!("ZeroFS has not answered within {:.0} s{why}", limit.as_secs_f64()),
-                )
-                .hint("it is still being tried: zerofsctl show VOLUME"))
-            }
-            _ => {
-                drop(board);
-                Ok(self.status())
-            }
-        }
-    }
-
-    fn raise(&self) -> Result<Replayed> {
-        let (reply, answer) = std::sync::mpsc::channel();
-        let _ = self.events.send(Event::Raise(reply));
-        answer.recv().unwrap_or_else(|_| Err(stopping_error()))
-    }
-
-    fn mount(&self) -> Result<()> {
-        self.raise()?;
-        let _mounting = lock(&self.mounting);
-        if lock(&self.board).stopping {
-            return Err(stopping_error());
-        }
-        if self.fuse_mounted() {
-            return Ok(());
-        }
-        let dir = self.fuse_dir();
-        std::fs::create_dir_all(&dir).doing("make", &dir)?;
-        self.data.mount_fuse(&dir)
-    }
-}
-
-impl Handler for Shared {
-    fn answered(&self, request: &Request) {
-        if matches!(request, Request::Stop(_)) {
-            self.stop_clients.fetch_sub(1, Ordering::SeqCst);
-        }
-    }
-
-    fn handle(&self, request: Request, progress: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<Answer> {
-        match request {
-            Request::Ping => Ok(Answer::Pong { keeper: self.own.clone() }),
-            Request::Status => Ok(Answer::Status(Box::new(self.status()))),
-            Request::WaitReady { timeout_seconds } => {
-                let limit = Duration::try_from_secs_f64(timeout_seconds)
-                    .map_err(|_| Error::usage("the time limit is not a number of seconds"))?;
-                self.wait_ready(limit).map(|s| Answer::Status(Box::new(s)))
-            }
-            Request::Connect => self.mount().map(|()| Answer::Done),
-            Request::Disconnect => {
-                let _mounting = lock(&self.mounting);
-                if self.fuse_mounted() {
-                    self.unmount(false)?;
-                }
-                Ok(Answer::Done)
-            }
-            Request::Flush => self.data.flush().map(|()| Answer::Done),
-            Request::Resize => self.data.resize().map(|bytes| Answer::Size { bytes }),
-            Request::Replay => self.raise().map(Answer::Replayed),
-            Request::DiscardLog => {
-                if lock(&self.board).data_path {
-                    return Err(Error::refused("the replay log is in use: it cannot be discarded")
-                        .hint("detach the volume first"));
-                }
-                self.data.discard_log().map(|()| Answer::Done)
-            }
-            Request::Stop(options) => {
-                let (reply, answers) = std::sync::mpsc::channel();
-                self.stop_clients.fetch_add(1, Ordering::SeqCst);
-                let _ = self.events.send(Event::Stop(options, reply));
-                for answer in answers {
-                    match answer {
-                        Answer::Progress(_) => {
-                            if progress(answer).is_err() {
-                                break;
-                            }
-                        }
-                        last => return Ok(last),
-                    }
-                }
-                Err(Error::new(Kind::Interrupted, "the keeper ended in the middle of the stop"))
-            }
-        }
-    }
 }

@@ -10,12 +10,13 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use super::causes::is_chatter;
+use super::lock;
 use super::path::Prober;
 use crate::error::{Doing, Result};
 use crate::zerofs::ninep::{Ninep, database_open_within};
@@ -60,10 +61,6 @@ pub(crate) struct Watch {
     ended: Condvar,
     /// Set while the server is up, so that the probe has something to ask.
     watching: AtomicBool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Watch {

@@ -33,6 +33,24 @@ pub struct AttachSpec {
 }
 
 impl AttachSpec {
+    /// A read-write mount with every default.
+    pub fn plain(volume: VolumeId, target: TargetPath, storage_url: String) -> AttachSpec {
+        AttachSpec {
+            volume,
+            target,
+            storage_url,
+            size: None,
+            fs: None,
+            mount_options: Vec::new(),
+            read_only: false,
+            block: false,
+            transport: Transport::default(),
+            take_over: false,
+            keeper: KeeperOptions::default(),
+            stop: StopOptions::default(),
+        }
+    }
+
     /// The plan. Pure: it looks at nothing.
     pub fn plan(&self) -> Plan {
         let mut tasks = prepare(self);
@@ -73,6 +91,39 @@ pub(super) fn prepare(spec: &AttachSpec) -> Vec<Task> {
     .collect()
 }
 
+/// What `prepare` made, taken down again.
+pub(super) fn takedown(prepared: &[Task]) -> Vec<Task> {
+    prepared
+        .iter()
+        .rev()
+        .filter(|t| {
+            matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
+        })
+        .map(|t| Task::undo(t.step.clone()))
+        .collect()
+}
+
+/// Refuses a target that cannot be right before anything is begun: nobody wants a volume made and formatted for a
+/// typing error. The last step looks again, closer.
+fn check_target(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<()> {
+    use crate::host::TargetView;
+    let device = host.device(&spec.volume)?.device.map(|d| d.path);
+    let target = &spec.target;
+    let error = match host.target(target)? {
+        TargetView::Missing => return Ok(()),
+        TargetView::Other { link: Some(to) } if spec.block && Some(&to) == device.as_ref() => return Ok(()),
+        _ if spec.block => step::target::occupied(target),
+        TargetView::EmptyFolder => return Ok(()),
+        TargetView::FullFolder => step::target::not_empty(target),
+        TargetView::Other { .. } => step::target::not_a_folder(target),
+        TargetView::MountPoint(entry) => match device {
+            Some(device) if Path::new(&entry.source) == device => return Ok(()),
+            _ => step::target::mounted(target, &entry),
+        },
+    };
+    Err(error.on(&spec.volume))
+}
+
 /// Attaches; a second time it is `already`, and at another target it is a second mount.
 pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<RunReport> {
     let plan = spec.plan();
@@ -81,6 +132,7 @@ pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<
         engine.settle(&mut journal, Some(&plan))?;
         // A resumed run takes care of itself; the probes of its steps find a dead device.
         clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
+        check_target(engine.host, spec)?;
         let facts = journal.standing().facts.carried();
         engine.run(&mut journal, plan, facts)
     })();
@@ -104,5 +156,6 @@ fn clear_wreck_of_resumed(engine: &Engine<'_>, journal: &mut Journal, volume: &V
 
 /// The dry run of an attach.
 pub fn preview(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<Vec<crate::run::Preview>> {
+    check_target(host, spec)?;
     crate::run::preview(host, &spec.plan(), Facts::default())
 }

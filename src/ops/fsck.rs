@@ -20,14 +20,7 @@ impl FsckSpec {
         spec.read_only = !self.repair;
         spec.block = false;
         let mut tasks = attach::prepare(&spec);
-        let down: Vec<Task> = tasks
-            .iter()
-            .rev()
-            .filter(|t| {
-                matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
-            })
-            .map(|t| Task::undo(t.step.clone()))
-            .collect();
+        let down = attach::takedown(&tasks);
         for task in &mut tasks {
             if let Step::Claim(claim) = &mut task.step {
                 claim.must_exist = true;
@@ -43,17 +36,33 @@ impl FsckSpec {
     }
 }
 
+/// The dry run of a check.
+pub fn preview(
+    host: &dyn crate::host::Observe,
+    run_dir: &Path,
+    spec: &FsckSpec,
+) -> Result<Vec<crate::run::Preview>> {
+    let volume = &spec.attach.volume;
+    require_detached(&Standing::of(&Journal::peek(run_dir, volume)?.unwrap_or_default()), volume)?;
+    crate::run::preview(host, &spec.plan(), Facts::default())
+}
+
+fn require_detached(standing: &Standing, volume: &VolumeId) -> Result<()> {
+    if standing.claimed {
+        return Err(Error::new(Kind::Busy, "it is attached on this node")
+            .on(volume)
+            .hint(format!("a check needs it detached: zerofsctl detach {volume}")));
+    }
+    Ok(())
+}
+
 /// Checks a volume that is not attached.
 pub fn fsck(engine: &Engine<'_>, run_dir: &Path, spec: &FsckSpec) -> Result<RunReport> {
     let volume = &spec.attach.volume;
     let mut journal = Journal::open(run_dir, volume)?;
     let result = (|| {
         engine.settle(&mut journal, None)?;
-        if journal.standing().claimed {
-            return Err(Error::new(Kind::Busy, "it is attached on this node")
-                .on(volume)
-                .hint(format!("a check needs it detached: zerofsctl detach {volume}")));
-        }
+        require_detached(&journal.standing(), volume)?;
         engine.run(&mut journal, spec.plan(), Facts::default())
     })();
     journal.close()?;

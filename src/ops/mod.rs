@@ -38,13 +38,3 @@ fn clear_wreck(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) ->
     engine.run(journal, plan, standing.facts)?;
     Ok(standing.places)
 }
-
-/// Refuses a volume that is not attached here.
-fn require_attached(standing: &Standing, volume: &VolumeId) -> Result<()> {
-    if standing.connect.is_none() {
-        return Err(Error::new(Kind::NotFound, "it is not attached on this node")
-            .on(volume)
-            .hint("see what is attached: zerofsctl list"));
-    }
-    Ok(())
-}

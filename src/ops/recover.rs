@@ -54,6 +54,9 @@ pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result
 
 /// The size that an open resize was after.
 fn resize_to(run: &crate::journal::Run) -> Option<ByteSize> {
+    if run.plan.operation != Operation::Resize {
+        return None;
+    }
     run.plan.tasks.iter().find_map(|t| match &t.step {
         Step::GrowDisk(g) => Some(g.size),
         _ => None,

@@ -139,12 +139,15 @@ impl Report {
                     Would::Do => "would do",
                     Would::Depends => "depends",
                 };
-                vec![l.step.to_owned(), would.to_owned(), l.what.clone(), l.command.clone()]
+                vec![l.step.to_owned(), would.to_owned(), l.what.clone()]
             })
             .collect();
+        // Not in the table: a command that is broken into a column cannot be copied.
+        let by_hand = lines.iter().map(|l| format!("  {}", l.command));
         Report::new(kind, json!({"volume": volume, "dry_run": true, "steps": lines}))
             .summary(format!("{kind} {volume}: a dry run, nothing was changed"))
-            .table(&["STEP", "WOULD", "WHAT", "BY HAND"], rows)
+            .table(&["STEP", "WOULD", "WHAT"], rows)
+            .notes(["".to_owned(), "By hand, about:".to_owned()].into_iter().chain(by_hand))
             .names([volume.to_string()])
     }
 

@@ -31,13 +31,13 @@ pub struct Claim {
 }
 
 impl Claim {
-    fn learn(&self, claimed: Claimed, facts: &mut Facts) -> Result<()> {
+    fn learn(&self, volume: &VolumeId, claimed: Claimed, facts: &mut Facts) -> Result<()> {
         if let (Some(asked), Some(has)) = (self.size, claimed.capacity)
             && asked != has
         {
             return Err(Error::new(Kind::Conflict, format!("the volume has {has}, not {asked}")).hint(
                 if asked > has {
-                    format!("attach it without --size, then grow it: zerofsctl resize VOLUME {asked}")
+                    format!("attach it without --size, then grow it: zerofsctl resize {volume} {asked}")
                 } else {
                     "attach it without --size; a volume never shrinks".to_owned()
                 },
@@ -89,7 +89,7 @@ impl Act for Claim {
         match host.claim(volume)? {
             // A volume that was never formatted takes its size and filesystem from the newest request.
             Some(c) if c.content == Content::Never && (self.size.is_some() || self.fs.is_some()) => Ok(false),
-            Some(claimed) => self.learn(claimed, facts).map(|()| true),
+            Some(claimed) => self.learn(volume, claimed, facts).map(|()| true),
             None => Ok(false),
         }
     }
@@ -104,11 +104,11 @@ impl Act for Claim {
             take_over: self.take_over,
         };
         let claimed = host.take_claim(volume, &request)?;
-        self.learn(claimed, facts)
+        self.learn(volume, claimed, facts)
     }
 
     fn is_undone(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Observe) -> Result<bool> {
-        host.claim(volume).map(|c| c.is_none())
+        host.claim_absent(volume)
     }
 
     fn undo(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Host) -> Result<()> {

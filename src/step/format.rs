@@ -51,7 +51,12 @@ impl Act for Format {
         match facts.signature.clone() {
             // Not probed yet: a dry run.
             None => Ok(false),
+            // Half a mkfs can look like a whole one, so only the catalog's word counts.
             Some(_) if content == Content::Formatting && !self.read_only => Ok(false),
+            Some(_) if content == Content::Formatting => {
+                Err(Error::refused("its first mkfs did not finish, so there is no filesystem on it yet")
+                    .hint(format!("attach it once without --read-only: zerofsctl attach {volume} --target DIR")))
+            }
             Some(Signature::Filesystem { fs, .. }) => {
                 if let Some(recorded) = facts.fs
                     && recorded != fs

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Act, device_name};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::host::{Content, Host, Observe, TargetView};
 use crate::plan::{Direction, Facts};
 use crate::values::{TargetPath, VolumeId};
@@ -51,8 +51,7 @@ impl Act for Link {
         }
         match host.target(&self.target)? {
             TargetView::Missing => Ok(false),
-            _ => Err(Error::new(Kind::Usage, format!("the target {} exists already", self.target))
-                .hint("a raw attach makes a link there: choose a path that does not exist yet")),
+            _ => Err(super::target::occupied(&self.target)),
         }
     }
 

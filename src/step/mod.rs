@@ -19,6 +19,7 @@ mod format;
 mod grow_device;
 mod grow_disk;
 mod grow_filesystem;
+mod grow_unmounted;
 mod link;
 mod mount;
 mod preen;
@@ -26,6 +27,7 @@ mod probe_signature;
 mod read_data;
 mod replay;
 mod start;
+pub(crate) mod target;
 mod write_config;
 
 pub use check::Check;
@@ -36,6 +38,7 @@ pub use format::Format;
 pub use grow_device::GrowDevice;
 pub use grow_disk::GrowDisk;
 pub use grow_filesystem::GrowFilesystem;
+pub use grow_unmounted::GrowUnmounted;
 pub use link::Link;
 pub use mount::Mount;
 pub use preen::Preen;
@@ -115,6 +118,8 @@ steps! {
     GrowDevice,
     /// The filesystem has it.
     GrowFilesystem,
+    /// An ext4 has it while it is not mounted.
+    GrowUnmounted,
     /// The filesystem was checked.
     Check,
     /// The data was read.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, device_name, target};
 use crate::error::{Error, Kind, Result};
 use crate::host::{Host, KeeperView, Observe, TargetView};
 use crate::plan::{Direction, Facts};
@@ -26,14 +26,11 @@ impl Mount {
         let target = &self.target;
         match host.target(target)? {
             TargetView::Missing | TargetView::EmptyFolder => Ok(false),
-            TargetView::FullFolder => Err(Error::usage(format!("the target {target} is not empty"))
-                .hint("a mount would hide what is in it: choose an empty or new folder")),
-            TargetView::Other { .. } => Err(Error::usage(format!("the target {target} is not a folder"))
-                .hint("choose an empty or new folder, or --block for a device link")),
+            TargetView::FullFolder => Err(target::not_empty(target)),
+            TargetView::Other { .. } => Err(target::not_a_folder(target)),
             TargetView::MountPoint(entry) => match &facts.device {
                 Some(device) if entry.source == device.path.to_string_lossy() => Ok(true),
-                _ => Err(Error::new(Kind::Busy, format!("{} is already mounted at {target}", entry.source))
-                    .hint("choose another target, or unmount that first")),
+                _ => Err(target::mounted(target, &entry)),
             },
         }
     }

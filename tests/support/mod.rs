@@ -5,9 +5,11 @@
 //! with the command that brings it.
 #![allow(dead_code, reason = "each test file is a program of its own and uses only a part of this")]
 
+pub mod cli;
 pub mod dir;
 pub mod fio;
 pub mod http;
+pub mod keeper;
 pub mod moto;
 pub mod proxy;
 pub mod zerofs;

@@ -1,0 +1,160 @@
+//! Volumes with a keeper of their own, for tests of the keeper as a real process.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use zerofsctl::error::Error;
+use zerofsctl::host::cgroup::Limits;
+use zerofsctl::keeper::client::KeeperClient;
+use zerofsctl::keeper::control::{Status, StopOptions, Stopped};
+use zerofsctl::keeper::process::boot_id;
+use zerofsctl::keeper::{KeeperConfig, Spawned, find_zerofs, spawn};
+use zerofsctl::zerofs::config::{self, Aws, ConfigInput, Lsm};
+use zerofsctl::zerofs::versions::{Profile, Version};
+
+use super::dir::TestDir;
+
+pub const VERSION: &str = "0.19.1";
+pub const SIZE: u64 = 256 << 20;
+pub const LONG: Duration = Duration::from_secs(30);
+
+/// A volume with folders of its own.
+pub struct Volume {
+    /// Its folders; when dropped, it looks for what is left.
+    pub dir: TestDir,
+    /// What goes into config.toml.
+    pub input: ConfigInput,
+    /// What goes into keeper.json.
+    pub config: KeeperConfig,
+}
+
+impl Volume {
+    pub fn new() -> Volume {
+        Self::with(|_| ())
+    }
+
+    /// A volume whose config is changed before it is written.
+    pub fn with(change: impl FnOnce(&mut ConfigInput)) -> Volume {
+        let dir = TestDir::new();
+        let store = dir.join("store/vol1");
+        fs::create_dir_all(&store).unwrap();
+        let mut input = ConfigInput {
+            storage_url: format!("file://{}", store.display()),
+            password: "correct horse battery".to_owned().into(),
+            cache_dir: dir.join("cache"),
+            cache_disk_gb: 0.5,
+            cache_memory_gb: Some(0.064),
+            device_size: SIZE,
+            max_size_gb: None,
+            lsm: Lsm::default(),
+            aws: Aws::default(),
+            read_only: false,
+        };
+        change(&mut input);
+        let config = config_in(&dir, "a", &input);
+        Volume { dir, input, config }
+    }
+
+    /// Another place (another node, so to say) for the same volume.
+    pub fn elsewhere(&self) -> KeeperConfig {
+        config_in(&self.dir, "b", &self.input)
+    }
+
+    /// Writes config.toml anew.
+    pub fn render(&self) {
+        render(&self.config.config_path, &self.input);
+    }
+
+    pub fn log(&self, text: &str) {
+        let mut log = File::options().append(true).open(self.config.log_dir.join("zerofs.log")).unwrap();
+        log.write_all(text.as_bytes()).unwrap();
+    }
+
+    pub fn logs(&self) -> String {
+        ["keeper.log", "zerofs.log"]
+            .map(|f| fs::read_to_string(self.config.log_dir.join(f)).unwrap_or_default())
+            .join("\n--- zerofs.log ---\n")
+    }
+}
+
+pub fn config_in(dir: &TestDir, node: &str, input: &ConfigInput) -> KeeperConfig {
+    let path = |name: &str| dir.join(node).join(name);
+    fs::create_dir_all(path("state")).unwrap();
+    let config = KeeperConfig {
+        format: KeeperConfig::FORMAT,
+        volume: "vol1".parse().unwrap(),
+        run_dir: path("run"),
+        log_dir: path("logs"),
+        zerofs_bin: super::zerofs_bin(),
+        zerofs_version: VERSION.parse().unwrap(),
+        config_path: path("state/config.toml"),
+        rust_log: None,
+        export: "disk".to_owned(),
+        connections: 4,
+        log_bytes: 16 << 20,
+        io_timeout_ms: None,
+        epoch: 1,
+        limits: Limits::default(),
+        limits_required: false,
+        boot_id: boot_id(),
+        start_limit_seconds: 20,
+        stop_grace_seconds: 20,
+        replay_log: true,
+    };
+    let mut input = input.clone();
+    input.cache_dir = path("cache");
+    render(&config.config_path, &input);
+    config
+}
+
+pub fn render(path: &Path, input: &ConfigInput) {
+    let profile = Profile::of(VERSION.parse::<Version>().unwrap()).unwrap();
+    fs::write(path, config::render(input, &profile).unwrap().as_bytes()).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+pub fn program() -> PathBuf {
+    env!("CARGO_BIN_EXE_zerofsctl").into()
+}
+
+pub fn start(config: &KeeperConfig) -> Spawned {
+    spawn(&program(), config, LONG).unwrap()
+}
+
+pub fn client(config: &KeeperConfig) -> KeeperClient {
+    KeeperClient::connect(&config.run_dir).unwrap()
+}
+
+pub fn ready(config: &KeeperConfig) -> Status {
+    start(config);
+    client(config).wait_ready(LONG).unwrap()
+}
+
+pub fn stop_with(config: &KeeperConfig, seconds: f64, force: bool) -> Result<Stopped, Error> {
+    let options = StopOptions { timeout_seconds: seconds, force, even_if_mounted: false };
+    client(config).stop(options, &mut |_| ())
+}
+
+/// Stops cleanly, and shows that the run folder is empty and no process is left.
+pub fn stop(config: &KeeperConfig) -> Stopped {
+    let stopped = stop_with(config, 20.0, false).unwrap();
+    assert!(stopped.clean, "{stopped:?}");
+    assert_eq!(stopped.warnings, Vec::<String>::new());
+    nothing_left(config);
+    stopped
+}
+
+pub fn nothing_left(config: &KeeperConfig) {
+    let names: Vec<_> = fs::read_dir(&config.run_dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(names.is_empty(), "{names:?}");
+    assert_eq!(find_zerofs(&config.run_dir), vec![]);
+}
+
+pub fn signal(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).unwrap();
+}
