@@ -904,8 +904,10 @@ impl Host for LinuxHost {
 
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let (folder, file) = self.dirs.fuse(volume);
-        if !dead {
-            self.client(volume)?.within(Duration::from_secs(600)).flush()?;
+        // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
+        // only be that of a server that is away for longer than the volume's time limit.
+        if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {
+            tracing::warn!(%volume, "{e}");
         }
         if let Some(device) = loopdev::find(&file)? {
             loopdev::detach(&device.path, &file, dead)?;
