@@ -144,7 +144,8 @@ fn steps(case: &Case) -> Vec<(String, bool)> {
     let run = scene.node.json(&scene.command());
     let taken = run["steps"].as_array().expect("steps");
     assert_eq!(planned, names(&run["steps"]), "the dry run names the steps that are then taken");
-    let steps = planned.into_iter().zip(taken).map(|(name, step)| (name, step["outcome"] == "done")).collect();
+    let steps =
+        planned.into_iter().zip(taken).map(|(name, step)| (name, step["outcome"] == "done")).collect();
     scene.check(1, "without a kill");
     steps
 }
