@@ -32,7 +32,7 @@ use super::watchdog::{Alarm, Finding, Watch};
 use super::{Hooks, causes, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::Cgroup;
-use crate::zerofs::versions::{Profile, Sign};
+use crate::zerofs::versions::{Profile, READ_ERRORS_ARE_ZEROS, Sign};
 
 /// The sockets of ZeroFS in the run folder: 9P, NBD, RPC.
 pub(crate) const SOCKETS: [&str; 3] = ["9p.sock", "nbd.sock", "rpc.sock"];
@@ -57,9 +57,6 @@ const SILENCE: Duration = Duration::from_secs(8);
 
 /// A keeper whose ZeroFS never started ends by itself after that long: nobody came for the error.
 const FAILED_LINGER: Duration = Duration::from_secs(120);
-
-/// The fault of versions that answer with zeros when the storage fails a read.
-const READ_ERRORS_ARE_ZEROS: &str = "read-errors-are-zeros";
 
 /// What the record file says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
