@@ -69,6 +69,11 @@ pub fn resize(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec, size: Byte
     let mut journal = Journal::open(run_dir, volume)?;
     let result = (|| {
         let detached = detached_plan(spec, size);
+        // On a device whose keeper was killed nothing can grow: it is brought back first.
+        let gone = matches!(engine.host.keeper(volume).map_err(|e| e.on(volume))?, KeeperView::Dead { .. });
+        if gone && journal.standing().connect.is_some() {
+            super::recover::settle_all(engine, &mut journal, volume)?;
+        }
         // What was cut short is settled first; then this one sees what stands.
         let open = journal.open_run().map(|r| r.plan.operation);
         if open.is_some_and(|o| o != Operation::Resize)
