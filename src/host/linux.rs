@@ -855,7 +855,10 @@ impl Host for LinuxHost {
             // Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
             let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
             self.start_keeper(volume, epoch, &KeeperOptions::default())?;
-            self.replay(volume)?;
+            // Without a log there may not even be a disk yet.
+            if left_behind > 0 {
+                self.replay(volume)?;
+            }
         }
         let mut client = self.client(volume)?;
         let wanted = control::StopOptions {
