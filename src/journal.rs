@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Doing, Error, Kind, Result};
-use crate::plan::{Direction, Facts, Operation, Plan, Task};
+use crate::plan::{Operation, Plan, Task};
 use crate::step::Step;
+use crate::step::{Direction, Facts};
 use crate::values::VolumeId;
 
 /// The version that we write.

@@ -8,8 +8,9 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::host::{Host, Observe};
 use crate::journal::{End, Journal, Outcome, Settlement, TaskState, settlement};
-use crate::plan::{Direction, Facts, Plan, Task};
+use crate::plan::{Plan, Task};
 use crate::step::Step;
+use crate::step::{Direction, Facts};
 
 /// Sees every step event: progress lines, logs and metrics hang here.
 pub trait Observer {

@@ -20,6 +20,7 @@ use crate::catalog::{
     VolumeRecord, Written,
 };
 use crate::error::{Doing, Error, Kind, Result};
+use crate::host::{CheckResult, Device};
 use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
@@ -28,7 +29,6 @@ use crate::keeper::path::LogState;
 use crate::keeper::process::boot_id;
 use crate::keeper::{self, KeeperConfig};
 use crate::password::{PasswordCheck, Secret};
-use crate::plan::{CheckResult, Device};
 use crate::settings::{S3Settings, Settings};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 use crate::zerofs::config::{self, ConfigInput};

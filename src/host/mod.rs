@@ -11,7 +11,6 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::plan::{CheckResult, Device};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
 pub use crate::catalog::Content;
@@ -26,6 +25,28 @@ pub mod mounts;
 pub mod programs;
 pub mod signature;
 pub mod users;
+
+/// A block device that shows a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// `/dev/loop3`
+    pub path: PathBuf,
+    /// Whether writes are refused by the device.
+    pub read_only: bool,
+    /// Its size.
+    pub size: ByteSize,
+}
+
+/// What a filesystem check said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckResult {
+    /// No fault found, or every fault was repaired.
+    pub clean: bool,
+    /// Whether something was repaired.
+    pub repaired: bool,
+    /// The program's own words, bounded.
+    pub output: String,
+}
 
 /// What the catalog gave us with a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
