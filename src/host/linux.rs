@@ -643,6 +643,10 @@ impl Observe for LinuxHost {
         }
     }
 
+    fn store(&self) -> Option<String> {
+        Some(self.storage.url.to_string())
+    }
+
     fn config_present(&self, volume: &VolumeId) -> Result<bool> {
         let path = self.dirs.config(volume);
         let text = match std::fs::read_to_string(&path) {

@@ -14,7 +14,7 @@ pub struct Recovered {
 /// Settles one volume: an open run is finished or undone; a volume whose keeper was killed is taken down
 /// and, since it was wanted, attached again at the same places.
 pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result<Recovered> {
-    let mut journal = Journal::open(run_dir, volume)?;
+    let mut journal = open(engine, run_dir, volume)?;
     let result = settle_all(engine, &mut journal, volume);
     journal.close()?;
     result

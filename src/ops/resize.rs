@@ -66,7 +66,7 @@ fn check(host: &dyn Observe, standing: &Standing) -> Result<()> {
 /// Grows a volume. The spec says how to reach it when it is not attached.
 pub fn resize(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec, size: ByteSize) -> Result<RunReport> {
     let volume = &spec.volume;
-    let mut journal = Journal::open(run_dir, volume)?;
+    let mut journal = open(engine, run_dir, volume)?;
     let result = (|| {
         let detached = detached_plan(spec, size);
         // On a device whose keeper was killed nothing can grow: it is brought back first.
