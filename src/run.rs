@@ -174,6 +174,7 @@ impl Engine<'_> {
 
     /// After a failed task: undo what this run did, or leave it open for the next one to finish.
     fn fail(&self, journal: &mut Journal, index: usize, error: Error) -> Error {
+        journal.take_back();
         if let Err(e) = journal.failed(index, &error) {
             tracing::error!("{e}");
             return error;
@@ -208,7 +209,9 @@ impl Engine<'_> {
     fn unwind(&self, journal: &mut Journal) -> Result<()> {
         let Some(run) = journal.open_run() else { return Ok(()) };
         let (plan, states, mut facts) = (run.plan.clone(), run.states.clone(), run.facts.clone());
-        if !run.unwinding {
+        let begun = run.unwinding;
+        journal.take_back();
+        if !begun {
             journal.unwinding()?;
         }
         for (index, (task, state)) in plan.tasks.iter().zip(states).enumerate().rev() {

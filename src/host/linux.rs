@@ -47,6 +47,9 @@ const QUICK: Duration = Duration::from_secs(120);
 /// How long ZeroFS may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long a killed keeper may take to be gone.
+const DYING: Duration = Duration::from_secs(20);
+
 /// The two roots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dirs {
@@ -189,10 +192,20 @@ impl LinuxHost {
 
     /// The status of the keeper; none when there is no keeper.
     pub fn status(&self, volume: &VolumeId) -> Result<Option<Status>> {
-        match self.client(volume) {
-            Ok(mut client) => client.status().map(Some),
-            Err(e) if e.kind() == Kind::NotFound => Ok(None),
-            Err(e) => Err(e),
+        let begun = Instant::now();
+        loop {
+            match self.client(volume) {
+                Ok(mut client) => match client.status() {
+                    // One that was killed is not gone before the last of its threads is; until then its socket
+                    // still takes connections.
+                    Err(e) if e.kind() == Kind::NotFound && begun.elapsed() < DYING => {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    other => break other.map(Some),
+                },
+                Err(e) if e.kind() == Kind::NotFound => break Ok(None),
+                Err(e) => break Err(e),
+            }
         }
     }
 
@@ -468,7 +481,17 @@ impl LinuxHost {
             return Ok(0);
         }
         let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
-        Ok(match ReplayLog::open(&folder, &who, log::MIN_CAPACITY)? {
+        let begun = Instant::now();
+        let opened = loop {
+            match ReplayLog::open(&folder, &who, log::MIN_CAPACITY) {
+                // A keeper that was killed lets go of it as the last thing.
+                Err(e) if e.kind() == Kind::Busy && begun.elapsed() < DYING => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => break other?,
+            }
+        };
+        Ok(match opened {
             log::Opened::Log(log) => log.live(),
             // Of another boot or volume: it can only be thrown away, which the replay step tells loudly.
             log::Opened::Foreign { .. } => 0,
@@ -618,6 +641,10 @@ impl Observe for LinuxHost {
             Err(e) if e.kind() == Kind::Unreachable => Ok(true),
             Err(e) => Err(e),
         }
+    }
+
+    fn store(&self) -> Option<String> {
+        Some(self.storage.url.to_string())
     }
 
     fn config_present(&self, volume: &VolumeId) -> Result<bool> {
@@ -832,7 +859,10 @@ impl Host for LinuxHost {
             // Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
             let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
             self.start_keeper(volume, epoch, &KeeperOptions::default())?;
-            self.replay(volume)?;
+            // Without a log there may not even be a disk yet.
+            if left_behind > 0 {
+                self.replay(volume)?;
+            }
         }
         let mut client = self.client(volume)?;
         let wanted = control::StopOptions {
@@ -904,6 +934,9 @@ impl Host for LinuxHost {
 
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let (folder, file) = self.dirs.fuse(volume);
+        // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
+        let status = if dead { None } else { self.status(volume)? };
+        let dead = !status.is_some_and(|s| s.fuse_mounted);
         // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
         // only be that of a server that is away for longer than the volume's time limit.
         if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {

@@ -215,6 +215,10 @@ pub trait Observe {
     fn claim(&self, volume: &VolumeId) -> Result<Option<Claimed>>;
     /// Whether nothing is left of a claim: it is not ours in the catalog, and nothing is kept to release it with.
     fn claim_absent(&self, volume: &VolumeId) -> Result<bool>;
+    /// The store that this host looks into, where there is more than one in the world.
+    fn store(&self) -> Option<String> {
+        None
+    }
     /// Whether the config on disk is the one that we would write.
     fn config_present(&self, volume: &VolumeId) -> Result<bool>;
     /// Whether anything of the volume's state folder exists.
