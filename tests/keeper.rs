@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use support::keeper::{
-    LONG, SIZE, Volume, client, nothing_left, program, ready, signal, start, stop, stop_with,
+    LONG, SIZE, Volume, client, nothing_left, program, ready, set_epoch, signal, start, stop, stop_with,
+    store,
 };
 use support::wait_until;
 use zerofsctl::error::Kind;
@@ -74,6 +75,21 @@ fn a_killed_zerofs_is_started_again() {
     signal(pid, Signal::SIGTERM);
     wait_until("it is back", LONG, || client(&v.config).status().unwrap().restarts == 4);
     stop(&v.config);
+}
+
+/// With ZeroFS the newcomer wins: starting ours again would cut the new owner off.
+#[test]
+fn a_killed_zerofs_is_not_started_again_once_the_catalog_names_a_new_owner() {
+    let v = Volume::new();
+    let pid = ready(&v.config).zerofs.unwrap().pid;
+    set_epoch(&store(&v.input), v.config.epoch + 1);
+    signal(pid, Signal::SIGKILL);
+    wait_until("it is fenced", LONG, || client(&v.config).status().unwrap().state == State::Fenced);
+    let status = client(&v.config).status().unwrap();
+    assert_eq!((status.zerofs, status.restarts), (None, 0));
+    assert!(status.reason.unwrap().contains("taken over"));
+    stop_with(&v.config, 20.0, false).unwrap();
+    nothing_left(&v.config);
 }
 
 #[test]

@@ -8,12 +8,16 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use zerofsctl::catalog::{self, StorageUrl, VolumeRecord, Written};
 use zerofsctl::error::Error;
+use zerofsctl::host::access;
 use zerofsctl::host::cgroup::Limits;
 use zerofsctl::keeper::client::KeeperClient;
 use zerofsctl::keeper::control::{Status, StopOptions, Stopped};
 use zerofsctl::keeper::process::boot_id;
 use zerofsctl::keeper::{KeeperConfig, Spawned, find_zerofs, spawn};
+use zerofsctl::settings::S3Settings;
+use zerofsctl::values::{ByteSize, VolumeId};
 use zerofsctl::zerofs::config::{self, Aws, ConfigInput, Lsm};
 use zerofsctl::zerofs::versions::{Profile, Version};
 
@@ -106,10 +110,33 @@ pub fn config_in(dir: &TestDir, node: &str, input: &ConfigInput) -> KeeperConfig
         stop_grace_seconds: 20,
         replay_log: true,
     };
+    // Before a restart the keeper asks the catalog whether the volume is still its own.
+    let store = store(input);
+    access::save(&path("state"), &store, &S3Settings::default()).unwrap();
+    set_epoch(&store, config.epoch);
     let mut input = input.clone();
     input.cache_dir = path("cache");
     render(&config.config_path, &input);
     config
+}
+
+/// The store that the volume is in.
+pub fn store(input: &ConfigInput) -> StorageUrl {
+    input.storage_url.strip_suffix("/vol1").expect("the volume is vol1").parse().unwrap()
+}
+
+/// What the catalog says of the volume's attach epoch from now on.
+pub fn set_epoch(store: &StorageUrl, epoch: u64) {
+    let catalog = catalog::open(store, &S3Settings::default()).unwrap();
+    let id: VolumeId = "vol1".parse().unwrap();
+    let written = match catalog.get(&id).unwrap() {
+        Some((record, tag)) => catalog.update(&VolumeRecord { epoch, ..record }, &tag).unwrap(),
+        None => {
+            let record = VolumeRecord::new(id, ByteSize(SIZE), None, jiff::Timestamp::now());
+            catalog.create(&VolumeRecord { epoch, ..record }).unwrap()
+        }
+    };
+    assert!(matches!(written, Written::Done(_)));
 }
 
 pub fn render(path: &Path, input: &ConfigInput) {
