@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Doing, Error, Kind, Result};
-use crate::plan::{Direction, Facts, Operation, Plan, Task};
+use crate::plan::{Operation, Plan, Task};
 use crate::step::Step;
+use crate::step::{Direction, Facts};
 use crate::values::VolumeId;
 
 /// The version that we write.
@@ -477,6 +478,8 @@ impl Lock {
         let folder = run_dir.join("locks");
         private_folder(&folder)?;
         let path = lock_path(run_dir, volume);
+        // A process that another thread of ours just forked has our locks, too, until its exec: an instant.
+        let mut patience = 100;
         loop {
             let file = OpenOptions::new()
                 .read(true)
@@ -488,6 +491,14 @@ impl Lock {
                 .doing("open the lock", &path)?;
             match file.try_lock() {
                 Ok(()) => {}
+                Err(std::fs::TryLockError::WouldBlock)
+                    if patience > 0
+                        && holder(run_dir, volume).is_none_or(|pid| pid == std::process::id() as i32) =>
+                {
+                    patience -= 1;
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                    continue;
+                }
                 Err(std::fs::TryLockError::WouldBlock) => {
                     let who = holder(run_dir, volume).map_or_else(String::new, |pid| format!(" (pid {pid})"));
                     return Err(Error::new(Kind::Busy, format!("another command is at work on it{who}"))

@@ -8,7 +8,7 @@ use super::{Context, StorageArgs};
 use crate::error::{Error, Result};
 use crate::host::{KeeperOptions, StopOptions};
 use crate::ops::{self, AttachSpec};
-use crate::report::Report;
+use crate::report::{Report, operation};
 use crate::step::Transport;
 use crate::values::{ByteSize, TargetPath};
 
@@ -204,13 +204,7 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
     let dirs = context.dirs()?;
     let engine = context.engine(&host);
     let run = ops::attach::attach(&engine, &dirs.run, &spec)?;
-    let device =
-        run.facts.device.as_ref().map_or_else(String::new, |d| format!("{}, {}", d.path.display(), d.size));
-    let fs = run.facts.fs.filter(|_| !spec.block).map_or_else(|| "raw".to_owned(), |fs| fs.to_string());
-    let mode = if spec.read_only { ", read-only" } else { "" };
-    let already = if run.already() { "already " } else { "" };
-    Ok(Report::of_run("attach", &spec.volume, &run)
-        .summary(format!("{} is {already}attached at {} ({device}, {fs}{mode})", spec.volume, spec.target)))
+    Ok(operation::attach(&spec, &run))
 }
 
 /// The one kernel feature that the fuse transport cannot do without.

@@ -474,6 +474,14 @@ impl<T> Guard<T> {
             let errno = if too_long || kind == OpKind::Read { libc::EINVAL } else { libc::ENOSPC };
             return self.answer_error(token, || describe(kind, offset, len), errno, out);
         }
+        let able = self.target.is_none_or(|t| match kind {
+            OpKind::Mutation(Kind::Trim) => t.flags.has_trim(),
+            OpKind::Mutation(Kind::Zero) => t.flags.has_write_zeroes(),
+            _ => true,
+        });
+        if !able {
+            return self.answer_error(token, || describe(kind, offset, len), libc::ENOTSUP, out);
+        }
         if len == 0 {
             return out.push(Action::Done { token, result: Ok(Vec::new()) });
         }

@@ -146,7 +146,7 @@ impl KeeperConfig {
 #[derive(Default)]
 pub struct Hooks {
     /// Asked before ZeroFS is started again: is the volume still ours? A [`Kind::Conflict`] says that it has a new
-    /// owner, and ZeroFS is not started; any other error is only noted. It blocks the keeper, so it must answer
+    /// owner, and ZeroFS is not started; any other error puts the start off, since in doubt it is not ours. It blocks the keeper, so it must answer
     /// or give up within a few seconds.
     pub before_restart: Option<OwnerCheck>,
 }

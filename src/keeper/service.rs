@@ -167,11 +167,11 @@ impl Shared {
         let board = lock(&self.board);
         let (board, _) = self
             .changed
-            .wait_timeout_while(board, limit, |b| b.state == State::Starting)
+            .wait_timeout_while(board, limit, |b| matches!(b.state, State::Starting | State::Stalled))
             .unwrap_or_else(PoisonError::into_inner);
         match (board.state, &board.error) {
             (State::Failed, Some(e)) => Err(e.clone().into()),
-            (State::Starting, _) => {
+            (State::Starting | State::Stalled, _) => {
                 let why = board.reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default();
                 Err(Error::new(
                     Kind::Unreachable,

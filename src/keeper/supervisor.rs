@@ -481,7 +481,8 @@ impl Supervisor {
                 self.fence(e.message());
                 return Ok(());
             }
-            warn!("cannot tell whether the volume is still ours: {e}");
+            // In doubt it is not started: it would fence whoever owns the volume by now.
+            return Err(e.context("cannot tell whether the volume is still ours"));
         }
         self.generation += 1;
         if self.ever_ready {

@@ -8,8 +8,9 @@ use std::path::Path;
 use crate::error::{Error, Kind, Result};
 use crate::host::KeeperView;
 use crate::journal::{Journal, Settlement, Standing, place};
-use crate::plan::{Facts, Operation, Plan, Task};
+use crate::plan::{Operation, Plan, Task};
 use crate::run::{Engine, RunReport};
+use crate::step::Facts;
 use crate::step::{self, Step, Transport};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
