@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use support::keeper::{
-    LONG, SIZE, Volume, client, nothing_left, program, ready, set_epoch, signal, start, stop, stop_with,
-    store,
+    LONG, SIZE, Volume, client, nothing_left, program, ready, signal, start, stop, stop_with,
 };
 use support::wait_until;
 use zerofsctl::error::Kind;
@@ -75,21 +74,6 @@ fn a_killed_zerofs_is_started_again() {
     signal(pid, Signal::SIGTERM);
     wait_until("it is back", LONG, || client(&v.config).status().unwrap().restarts == 4);
     stop(&v.config);
-}
-
-/// With ZeroFS the newcomer wins: starting ours again would cut the new owner off.
-#[test]
-fn a_killed_zerofs_is_not_started_again_once_the_catalog_names_a_new_owner() {
-    let v = Volume::new();
-    let pid = ready(&v.config).zerofs.unwrap().pid;
-    set_epoch(&store(&v.input), v.config.epoch + 1);
-    signal(pid, Signal::SIGKILL);
-    wait_until("it is fenced", LONG, || client(&v.config).status().unwrap().state == State::Fenced);
-    let status = client(&v.config).status().unwrap();
-    assert_eq!((status.zerofs, status.restarts), (None, 0));
-    assert!(status.reason.unwrap().contains("taken over"));
-    stop_with(&v.config, 20.0, false).unwrap();
-    nothing_left(&v.config);
 }
 
 #[test]
@@ -246,6 +230,36 @@ fn a_second_server_on_the_volume_fences_the_first_which_is_not_started_again() {
     assert_eq!(ninep::disk_size(&elsewhere.run_dir, "disk").unwrap(), Some(SIZE));
     stop(&v.config);
     stop(&elsewhere);
+}
+
+#[test]
+fn a_zerofs_that_died_is_not_started_again_once_the_catalog_names_a_new_owner() {
+    let v = Volume::new();
+    let zerofs = ready(&v.config).zerofs.unwrap();
+    v.taken_over();
+    signal(zerofs.pid, Signal::SIGKILL);
+    wait_until("it is fenced", LONG, || client(&v.config).status().unwrap().state == State::Fenced);
+    let status = client(&v.config).status().unwrap();
+    assert_eq!((status.zerofs, status.restarts), (None, 0));
+    assert!(status.reason.unwrap().contains("taken over"));
+    stop(&v.config);
+}
+
+#[test]
+fn a_zerofs_that_died_waits_while_nobody_can_tell_whose_the_volume_is() {
+    let v = Volume::new();
+    let zerofs = ready(&v.config).zerofs.unwrap();
+    let (folder, away) = (v.dir.join("store/.zerofsctl"), v.dir.join("away"));
+    fs::rename(&folder, &away).unwrap();
+    signal(zerofs.pid, Signal::SIGKILL);
+    wait_until("it says so", LONG, || {
+        let reason = client(&v.config).status().unwrap().reason;
+        reason.is_some_and(|r| r.contains("cannot tell whether the volume is still ours"))
+    });
+    assert_eq!(client(&v.config).status().unwrap().zerofs, None);
+    fs::rename(&away, &folder).unwrap();
+    wait_until("it is back", LONG, || client(&v.config).status().unwrap().state == State::Ready);
+    stop(&v.config);
 }
 
 #[test]
