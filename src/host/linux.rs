@@ -25,7 +25,7 @@ use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
 use crate::keeper::log::{self, ReplayLog};
 use crate::keeper::path::LogState;
-use crate::keeper::process::boot_id;
+use crate::keeper::process::{Identity, boot_id};
 use crate::keeper::{self, KeeperConfig};
 use crate::password::{PasswordCheck, Secret};
 use crate::plan::{CheckResult, Device};
@@ -187,10 +187,23 @@ impl LinuxHost {
 
     /// The status of the keeper; none when there is no keeper.
     pub fn status(&self, volume: &VolumeId) -> Result<Option<Status>> {
-        match self.client(volume) {
-            Ok(mut client) => client.status().map(Some),
-            Err(e) if e.kind() == Kind::NotFound => Ok(None),
-            Err(e) => Err(e),
+        /// For one that a killed command has just started, or that is just dying: with its last thread goes what it
+        /// holds.
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let begun = Instant::now();
+        loop {
+            match self.client(volume).and_then(|mut client| client.status()) {
+                Ok(status) => return Ok(Some(status)),
+                Err(e) if e.kind() == Kind::NotFound => {
+                    let pid_file = self.dirs.volume_run(volume).join(keeper::PID_FILE);
+                    let lives = Identity::read(&pid_file).is_some_and(|keeper| keeper.is_alive());
+                    if !lives || begun.elapsed() > PATIENCE {
+                        return Ok(None);
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(e) => return Err(e),
+            }
         }
     }
 
