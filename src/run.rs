@@ -8,7 +8,9 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::host::{Host, Observe};
 use crate::journal::{End, Journal, Outcome, Settlement, TaskState, settlement};
-use crate::plan::{Direction, Facts, Plan, Task};
+use crate::plan::{Plan, Task};
+use crate::step::Step;
+use crate::step::{Direction, Facts};
 
 /// Sees every step event: progress lines, logs and metrics hang here.
 pub trait Observer {
@@ -172,6 +174,7 @@ impl Engine<'_> {
 
     /// After a failed task: undo what this run did, or leave it open for the next one to finish.
     fn fail(&self, journal: &mut Journal, index: usize, error: Error) -> Error {
+        journal.take_back();
         if let Err(e) = journal.failed(index, &error) {
             tracing::error!("{e}");
             return error;
@@ -206,7 +209,9 @@ impl Engine<'_> {
     fn unwind(&self, journal: &mut Journal) -> Result<()> {
         let Some(run) = journal.open_run() else { return Ok(()) };
         let (plan, states, mut facts) = (run.plan.clone(), run.states.clone(), run.facts.clone());
-        if !run.unwinding {
+        let begun = run.unwinding;
+        journal.take_back();
+        if !begun {
             journal.unwinding()?;
         }
         for (index, (task, state)) in plan.tasks.iter().zip(states).enumerate().rev() {
@@ -278,6 +283,8 @@ pub fn preview(host: &dyn Observe, plan: &Plan, mut facts: Facts) -> Result<Vec<
         let would = match task.step.is_settled(task.direction, &plan.volume, &mut facts, host) {
             // An undo of what this plan itself would do: nothing is there yet, but then it will be.
             Ok(true) if would_apply(&lines, plan, task) => Would::Do,
+            // It fills a device that is yet to grow.
+            Ok(true) if earlier_would_do && matches!(task.step, Step::GrowFilesystem(_)) => Would::Depends,
             Ok(true) => Would::Already,
             Ok(false) if earlier_would_do && task.step.learns_on_the_way() => Would::Depends,
             Ok(false) => Would::Do,

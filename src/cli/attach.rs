@@ -8,7 +8,7 @@ use super::{Context, StorageArgs};
 use crate::error::{Error, Result};
 use crate::host::{KeeperOptions, StopOptions};
 use crate::ops::{self, AttachSpec};
-use crate::report::Report;
+use crate::report::{Report, operation};
 use crate::step::Transport;
 use crate::values::{ByteSize, TargetPath};
 
@@ -201,26 +201,39 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
         return Ok(Report::of_preview("attach", &spec.volume, &lines));
     }
     require_fuse()?;
+    require_parent(&spec)?;
     let dirs = context.dirs()?;
     let engine = context.engine(&host);
     let run = ops::attach::attach(&engine, &dirs.run, &spec)?;
-    let device =
-        run.facts.device.as_ref().map_or_else(String::new, |d| format!("{}, {}", d.path.display(), d.size));
-    let fs = run.facts.fs.filter(|_| !spec.block).map_or_else(|| "raw".to_owned(), |fs| fs.to_string());
-    let mode = if spec.read_only { ", read-only" } else { "" };
-    let already = if run.already() { "already " } else { "" };
-    Ok(Report::of_run("attach", &spec.volume, &run)
-        .summary(format!("{} is {already}attached at {} ({device}, {fs}{mode})", spec.volume, spec.target)))
+    Ok(operation::attach(&spec, &run))
+}
+
+/// A folder is made for the target, but not a whole path: that would hide a typing error.
+fn require_parent(spec: &AttachSpec) -> Result<()> {
+    match spec.target.as_path().parent() {
+        Some(parent) if !parent.exists() => Err(Error::usage(format!(
+            "the folder {}, in which the target shall be, does not exist",
+            parent.display()
+        ))
+        .on(&spec.volume)
+        .hint(format!("make it: mkdir -p {}", parent.display()))),
+        _ => Ok(()),
+    }
 }
 
 /// The one kernel feature that the fuse transport cannot do without.
 fn require_fuse() -> Result<()> {
-    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        Ok(_) => Ok(()),
-        Err(e) => Err(Error::environment(format!("cannot open /dev/fuse: {e}")).hint(
-            "load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged",
-        )),
-    }
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    // As the kernel assigns it for good: misc, 229. Some containers have an empty file of that name.
+    let number = nix::sys::stat::makedev(10, 229);
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    let why = match opened.and_then(|file| file.metadata()) {
+        Ok(meta) if meta.file_type().is_char_device() && meta.rdev() == number => return Ok(()),
+        Ok(_) => "/dev/fuse is not the FUSE device".to_owned(),
+        Err(e) => format!("cannot open /dev/fuse: {e}"),
+    };
+    Err(Error::environment(why)
+        .hint("load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged"))
 }
 
 #[cfg(test)]

@@ -205,6 +205,7 @@ impl Context {
             zerofs,
             program: crate::keeper::OWN_EXE.into(),
             node: node_name(),
+            only_looks: purpose == Purpose::Settle,
             progress: self.progress.long(),
         })
     }

@@ -6,8 +6,9 @@ use super::context::Purpose;
 use super::{Context, StorageArgs};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{self, AttachSpec};
-use crate::report::Report;
-use crate::values::{ByteSize, Slice, TargetPath, VolumeId};
+use crate::report::{Report, operation};
+use crate::values::{Slice, TargetPath, VolumeId};
+use crate::zerofs::versions::Profile;
 
 /// Check the filesystem of a detached volume; repair it with --repair
 ///
@@ -62,33 +63,9 @@ pub fn run(args: &FsckArgs, context: &Context) -> Result<Report> {
     }
     let engine = context.engine(&host);
     let run = ops::fsck::fsck(&engine, &dirs.run, &spec)?;
-    let check = run.facts.check.clone();
-    let clean = check.as_ref().is_none_or(|c| c.clean);
-    let unreadable = run.facts.unreadable.clone().unwrap_or_default();
-    let fs = run.facts.fs.map_or("filesystem", |fs| fs.name());
-    let summary = match (clean, unreadable.is_empty(), check.as_ref().is_some_and(|c| c.repaired)) {
-        (true, true, false) => format!("{volume}: the {fs} is clean"),
-        (true, true, true) => format!("{volume}: the {fs} was repaired and is clean now"),
-        (true, false, _) => format!("{volume}: the {fs} is clean, but some of the data cannot be read"),
-        (false, ..) => format!("{volume}: the {fs} has faults"),
-    };
-    let mut notes: Vec<String> = Vec::new();
-    if let Some(check) = check.filter(|c| !c.clean || c.repaired) {
-        notes.extend(check.output.lines().map(|l| format!("  {l}")));
-    }
-    if !clean && !args.repair {
-        notes.push(format!("hint: repair it: zerofsctl fsck {volume} --repair"));
-    }
-    for (start, length) in &unreadable {
-        notes.push(format!("unreadable: {} at byte {start}", ByteSize(*length)));
-    }
-    if read_data.is_some() && host.zerofs_version().is_ok_and(|v| v.to_string() == "0.19.1") {
-        notes.push(
-            "note: ZeroFS 0.19.1 delivers damaged objects as zeros, so this check cannot see them".into(),
-        );
-    }
-    let exit = if clean && unreadable.is_empty() { 0 } else { 3 };
-    Ok(Report::of_run("fsck", &volume, &run).summary(summary).notes(notes).exit(exit))
+    let profile = host.zerofs_version().and_then(Profile::of);
+    let hides_damage = read_data.is_some() && profile.is_ok_and(|p| p.has_fault("damage-reads-zeros"));
+    Ok(operation::fsck(&volume, &run, args.repair, hides_damage))
 }
 
 /// A repair writes to a filesystem that may be half destroyed: somebody must want that.

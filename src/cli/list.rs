@@ -1,5 +1,4 @@
 use clap::Args;
-use serde::Serialize;
 
 use super::context::Purpose;
 use super::{Context, StorageArgs};
@@ -8,9 +7,9 @@ use crate::host::linux::{Dirs, LinuxHost};
 use crate::host::{Observe, mounts};
 use crate::journal::{self, Journal, Standing, place};
 use crate::keeper::control::{State, Status};
-use crate::plan::Device;
 use crate::report::Report;
-use crate::values::{ByteSize, FsType, VolumeId};
+use crate::report::volume::{Found, list};
+use crate::values::VolumeId;
 
 /// List the volumes of this node and of a store
 ///
@@ -25,23 +24,6 @@ use crate::values::{ByteSize, FsType, VolumeId};
 pub struct ListArgs {
     #[command(flatten)]
     storage: StorageArgs,
-}
-
-/// One volume, as found.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Found {
-    pub volume: VolumeId,
-    pub state: String,
-    pub reason: Option<String>,
-    pub size: Option<ByteSize>,
-    pub fs: Option<FsType>,
-    pub device: Option<Device>,
-    pub targets: Vec<String>,
-    pub storage_url: String,
-    pub epoch: Option<u64>,
-    pub keeper_pid: Option<i32>,
-    pub zerofs_pid: Option<i32>,
-    pub restarts: Option<u64>,
 }
 
 /// Looks at one volume of this node.
@@ -144,39 +126,5 @@ pub fn run(args: &ListArgs, context: &Context) -> Result<Report> {
         }
     }
     found.sort_by(|a, b| a.volume.cmp(&b.volume));
-    let text = |o: Option<String>| o.unwrap_or_else(|| "-".into());
-    let rows = found
-        .iter()
-        .map(|f| {
-            vec![
-                f.volume.to_string(),
-                f.state.clone(),
-                text(f.size.map(|s| s.to_string())),
-                text(f.fs.map(|s| s.to_string())),
-                text(f.device.as_ref().map(|d| d.path.display().to_string())),
-                if f.targets.is_empty() { "-".into() } else { f.targets.join(", ") },
-                f.storage_url.clone(),
-                text(f.epoch.map(|n| n.to_string())),
-                text(f.keeper_pid.map(|n| n.to_string())),
-                text(f.zerofs_pid.map(|n| n.to_string())),
-                text(f.restarts.map(|n| n.to_string())),
-                text(f.reason.clone()),
-            ]
-        })
-        .collect();
-    let columns = [
-        "VOLUME", "STATE", "SIZE", "FS", "DEVICE", "TARGETS", "STORE", "EPOCH", "KEEPER", "ZEROFS",
-        "RESTARTS", "REASON",
-    ];
-    // What is wrong must not need a wide terminal.
-    let reasons = found.iter().filter(|f| f.state != "attached" && f.state != "elsewhere");
-    let notes = reasons.filter_map(|f| Some(format!("{} is {}: {}", f.volume, f.state, f.reason.as_ref()?)));
-    let mut report =
-        Report::new("list", &found).names(found.iter().map(|f| f.volume.to_string())).notes(notes);
-    report = if found.is_empty() {
-        report.summary("no volumes")
-    } else {
-        report.table(&columns, rows).wide_from(6)
-    };
-    Ok(report)
+    Ok(list(&found))
 }

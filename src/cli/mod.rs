@@ -192,7 +192,7 @@ fn wrong_usage(e: &clap::Error) -> Error {
         }
     }
     // A tip such as "a similar argument exists" is worth more than the page, but both fit.
-    Error::usage(kept.join("; ").replace("\n ", "")).hint(format!("see: {page} --help"))
+    Error::usage(kept.join("; ").replace("\n ", "")).hint(format!("run: {page} --help"))
 }
 
 fn run(command: Command, context: &Context) -> Result<Report> {

@@ -7,14 +7,18 @@ use crate::ops::{self, AttachSpec};
 use crate::report::Report;
 use crate::values::{ByteSize, TargetPath};
 
-/// Grow a volume, its device and its filesystem: online when it is attached
+/// Grow a volume, its device and its filesystem; online if it is attached
+///
+/// A volume that is not attached is started for a moment to grow it. Nothing ever shrinks: for that, copy the data to
+/// a new volume.
 #[derive(Debug, Clone, Args)]
-#[command(after_help = "Example:
-  zerofsctl resize vol1 20Gi")]
+#[command(after_help = "Examples:
+  zerofsctl resize vol1 20Gi
+  zerofsctl resize /mnt/vol1 20Gi --dry-run")]
 pub struct ResizeArgs {
     /// A volume's name, one of its targets, or its device
     volume: String,
-    /// The new size, such as 20Gi; a volume never shrinks
+    /// The new size, such as 20Gi
     size: String,
     /// Print the plan and change nothing
     #[arg(long)]

@@ -13,7 +13,7 @@ use super::{
     Signature, StopOptions, TargetView, User,
 };
 use crate::error::{Error, Kind, Result};
-use crate::plan::{CheckResult, Device};
+use crate::host::{CheckResult, Device};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
 /// What a kill is in the model: a panic with this payload, which nothing on the way may handle.
@@ -333,6 +333,13 @@ impl Host for FakeHost {
     fn take_claim(&self, _: &VolumeId, request: &ClaimRequest) -> Result<Claimed> {
         self.change(|w| {
             let default = ByteSize(ByteSize::GIB);
+            if w.record.is_none() && request.must_exist {
+                return Err(Error::new(
+                    Kind::NotFound,
+                    format!("there is no such volume in {}", request.storage_url),
+                )
+                .hint(format!("see what there is: zerofsctl list --storage-url {}", request.storage_url)));
+            }
             let record = w.record.get_or_insert_with(|| Record {
                 capacity: request.size.unwrap_or(default),
                 fs: request.fs,

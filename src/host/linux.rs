@@ -20,15 +20,15 @@ use crate::catalog::{
     VolumeRecord, Written,
 };
 use crate::error::{Doing, Error, Kind, Result};
+use crate::host::{CheckResult, Device};
 use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
 use crate::keeper::log::{self, ReplayLog};
 use crate::keeper::path::LogState;
-use crate::keeper::process::{Identity, boot_id};
+use crate::keeper::process::boot_id;
 use crate::keeper::{self, KeeperConfig};
 use crate::password::{PasswordCheck, Secret};
-use crate::plan::{CheckResult, Device};
 use crate::settings::{S3Settings, Settings};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 use crate::zerofs::config::{self, ConfigInput};
@@ -46,6 +46,9 @@ const QUICK: Duration = Duration::from_secs(120);
 
 /// How long ZeroFS may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long a killed keeper may take to be gone.
+const DYING: Duration = Duration::from_secs(20);
 
 /// The two roots.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,6 +138,8 @@ pub struct Parts {
     pub program: PathBuf,
     /// The name of this node.
     pub node: String,
+    /// Only looks: a state folder that is not there is not made.
+    pub only_looks: bool,
     /// For long operations.
     pub progress: Progress,
 }
@@ -142,8 +147,8 @@ pub struct Parts {
 impl LinuxHost {
     /// Puts the parts together. Nothing is looked at yet but this machine's identity.
     pub fn new(parts: Parts) -> Result<LinuxHost> {
-        let Parts { dirs, storage, settings, password, zerofs, program, node, progress } = parts;
-        let owner = owner(&dirs, node)?;
+        let Parts { dirs, storage, settings, password, zerofs, program, node, only_looks, progress } = parts;
+        let owner = owner(&dirs, node, only_looks)?;
         let catalog = crate::catalog::open(&storage.url, &storage.s3)?;
         Ok(LinuxHost {
             dirs,
@@ -187,22 +192,19 @@ impl LinuxHost {
 
     /// The status of the keeper; none when there is no keeper.
     pub fn status(&self, volume: &VolumeId) -> Result<Option<Status>> {
-        /// For one that a killed command has just started, or that is just dying: with its last thread goes what it
-        /// holds.
-        const PATIENCE: Duration = Duration::from_secs(5);
         let begun = Instant::now();
         loop {
-            match self.client(volume).and_then(|mut client| client.status()) {
-                Ok(status) => return Ok(Some(status)),
-                Err(e) if e.kind() == Kind::NotFound => {
-                    let pid_file = self.dirs.volume_run(volume).join(keeper::PID_FILE);
-                    let lives = Identity::read(&pid_file).is_some_and(|keeper| keeper.is_alive());
-                    if !lives || begun.elapsed() > PATIENCE {
-                        return Ok(None);
+            match self.client(volume) {
+                Ok(mut client) => match client.status() {
+                    // One that was killed is not gone before the last of its threads is; until then its socket
+                    // still takes connections.
+                    Err(e) if e.kind() == Kind::NotFound && begun.elapsed() < DYING => {
+                        std::thread::sleep(Duration::from_millis(10));
                     }
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                Err(e) => return Err(e),
+                    other => break other.map(Some),
+                },
+                Err(e) if e.kind() == Kind::NotFound => break Ok(None),
+                Err(e) => break Err(e),
             }
         }
     }
@@ -479,11 +481,51 @@ impl LinuxHost {
             return Ok(0);
         }
         let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
-        Ok(match ReplayLog::open(&folder, &who, log::MIN_CAPACITY)? {
+        let begun = Instant::now();
+        let opened = loop {
+            match ReplayLog::open(&folder, &who, log::MIN_CAPACITY) {
+                // A keeper that was killed lets go of it as the last thing.
+                Err(e) if e.kind() == Kind::Busy && begun.elapsed() < DYING => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => break other?,
+            }
+        };
+        Ok(match opened {
             log::Opened::Log(log) => log.live(),
             // Of another boot or volume: it can only be thrown away, which the replay step tells loudly.
             log::Opened::Foreign { .. } => 0,
         })
+    }
+
+    /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only
+    /// for what may be done twice.
+    fn served<T>(&self, volume: &VolumeId, ask: impl Fn() -> Result<T>) -> Result<T> {
+        for _ in 0..3 {
+            let error = match ask() {
+                Err(e) if e.kind() == Kind::Unreachable => e,
+                other => return other,
+            };
+            let Ok(mut client) = self.client(volume) else { return Err(error) };
+            // The keeper needs a moment to notice the death, too.
+            std::thread::sleep(Duration::from_millis(20));
+            client.wait_ready(START_LIMIT)?;
+        }
+        ask()
+    }
+
+    /// What a keeper makes in the run folder, by name; not the log, which may hold what nobody else has.
+    fn keeper_names() -> [&'static str; 8] {
+        [
+            keeper::CONFIG,
+            keeper::PID_FILE,
+            "keeper.lock",
+            control::SOCKET,
+            "zerofs.pid",
+            config::NINEP_SOCKET,
+            config::NBD_SOCKET,
+            config::RPC_SOCKET,
+        ]
     }
 
     /// Removes what a stopped keeper leaves in the run folder; each by its name, nothing else.
@@ -492,12 +534,7 @@ impl LinuxHost {
         let (fuse, _) = self.dirs.fuse(volume);
         remove(std::fs::remove_dir(&fuse), &fuse)?;
         let log_is_empty = self.left_behind(volume)? == 0;
-        let mut names = vec![keeper::CONFIG, keeper::PID_FILE, "keeper.lock", control::SOCKET, "zerofs.pid"];
-        names.extend([config::NINEP_SOCKET, config::NBD_SOCKET, config::RPC_SOCKET]);
-        if log_is_empty {
-            names.push(log::FILE_NAME);
-        }
-        for name in names {
+        for name in Self::keeper_names().into_iter().chain(log_is_empty.then_some(log::FILE_NAME)) {
             let path = folder.join(name);
             remove(std::fs::remove_file(&path), &path)?;
         }
@@ -534,7 +571,7 @@ pub fn version_of(program: &Path) -> Result<Version> {
 }
 
 /// Who we are in the catalog: one state root on one machine.
-fn owner(dirs: &Dirs, node: String) -> Result<Owner> {
+fn owner(dirs: &Dirs, node: String, only_looks: bool) -> Result<Owner> {
     let path = dirs.state.join("instance");
     let instance = match std::fs::read_to_string(&path) {
         Ok(text) if text.trim().len() == 32 => text.trim().to_owned(),
@@ -542,6 +579,8 @@ fn owner(dirs: &Dirs, node: String) -> Result<Owner> {
             return Err(Error::refused(format!("{} is damaged", path.display()))
                 .hint("without it we cannot tell our volumes from others': restore it from a backup"));
         }
+        // Nothing can be ours yet: an id that nobody has says so.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && only_looks => new_instance(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => make_instance(dirs, &path)?,
         Err(e) => return Err(e).doing("read", &path),
     };
@@ -557,9 +596,13 @@ fn owner(dirs: &Dirs, node: String) -> Result<Owner> {
     })
 }
 
+fn new_instance() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
 fn make_instance(dirs: &Dirs, path: &Path) -> Result<String> {
     private_folder(&dirs.state)?;
-    let id = format!("{:032x}", rand::random::<u128>());
+    let id = new_instance();
     let mut new = tempfile::NamedTempFile::new_in(&dirs.state).doing("make a file in", &dirs.state)?;
     std::io::Write::write_all(&mut new, id.as_bytes()).doing("write", path)?;
     new.as_file().sync_all().doing("sync", path)?;
@@ -598,6 +641,10 @@ impl Observe for LinuxHost {
             Err(e) if e.kind() == Kind::Unreachable => Ok(true),
             Err(e) => Err(e),
         }
+    }
+
+    fn store(&self) -> Option<String> {
+        Some(self.storage.url.to_string())
     }
 
     fn config_present(&self, volume: &VolumeId) -> Result<bool> {
@@ -640,8 +687,16 @@ impl Observe for LinuxHost {
         })
     }
 
+    fn keeper_files(&self, volume: &VolumeId) -> Result<bool> {
+        let folder = self.dirs.volume_run(volume);
+        let (fuse, _) = self.dirs.fuse(volume);
+        let mut names = Self::keeper_names().into_iter().chain([log::FILE_NAME]);
+        Ok(fuse.exists() || names.any(|name| folder.join(name).exists()))
+    }
+
     fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>> {
-        Ok(ninep::disk_size(&self.dirs.volume_run(volume), EXPORT)?.map(ByteSize))
+        let folder = self.dirs.volume_run(volume);
+        Ok(self.served(volume, || ninep::disk_size(&folder, EXPORT))?.map(ByteSize))
     }
 
     fn device(&self, volume: &VolumeId) -> Result<DeviceView> {
@@ -804,7 +859,10 @@ impl Host for LinuxHost {
             // Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
             let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
             self.start_keeper(volume, epoch, &KeeperOptions::default())?;
-            self.replay(volume)?;
+            // Without a log there may not even be a disk yet.
+            if left_behind > 0 {
+                self.replay(volume)?;
+            }
         }
         let mut client = self.client(volume)?;
         let wanted = control::StopOptions {
@@ -822,15 +880,18 @@ impl Host for LinuxHost {
     }
 
     fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
-        ninep::create_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::create_disk(&folder, EXPORT, size.bytes()))
     }
 
     fn remove_disk(&self, volume: &VolumeId) -> Result<()> {
-        ninep::unlink_disk(&self.dirs.volume_run(volume), EXPORT).map(drop)
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::unlink_disk(&folder, EXPORT)).map(drop)
     }
 
     fn grow_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
-        ninep::grow_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::grow_disk(&folder, EXPORT, size.bytes()))
     }
 
     fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)> {
@@ -873,6 +934,9 @@ impl Host for LinuxHost {
 
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let (folder, file) = self.dirs.fuse(volume);
+        // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
+        let status = if dead { None } else { self.status(volume)? };
+        let dead = !status.is_some_and(|s| s.fuse_mounted);
         // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
         // only be that of a server that is away for longer than the volume's time limit.
         if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {

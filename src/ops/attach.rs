@@ -91,18 +91,6 @@ pub(super) fn prepare(spec: &AttachSpec) -> Vec<Task> {
     .collect()
 }
 
-/// What `prepare` made, taken down again.
-pub(super) fn takedown(prepared: &[Task]) -> Vec<Task> {
-    prepared
-        .iter()
-        .rev()
-        .filter(|t| {
-            matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
-        })
-        .map(|t| Task::undo(t.step.clone()))
-        .collect()
-}
-
 /// Refuses a target that cannot be right before anything is begun: nobody wants a volume made and formatted for a
 /// typing error. The last step looks again, closer.
 fn check_target(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<()> {
@@ -124,15 +112,29 @@ fn check_target(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<()
     Err(error.on(&spec.volume))
 }
 
+/// What `prepare` made, taken down again.
+pub(super) fn takedown(prepared: &[Task]) -> Vec<Task> {
+    prepared
+        .iter()
+        .rev()
+        .filter(|t| {
+            matches!(t.step, Step::Connect(_) | Step::Start(_) | Step::WriteConfig(_) | Step::Claim(_))
+        })
+        .map(|t| Task::undo(t.step.clone()))
+        .collect()
+}
+
 /// Attaches; a second time it is `already`, and at another target it is a second mount.
 pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<RunReport> {
     let plan = spec.plan();
-    let mut journal = Journal::open(run_dir, &spec.volume)?;
+    let mut journal = open(engine, run_dir, &spec.volume)?;
     let result = (|| {
         engine.settle(&mut journal, Some(&plan))?;
         // A resumed run takes care of itself; the probes of its steps find a dead device.
         clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
-        check_target(engine.host, spec)?;
+        if journal.open_run().is_none() {
+            check_target(engine.host, spec)?;
+        }
         let facts = journal.standing().facts.carried();
         engine.run(&mut journal, plan, facts)
     })();

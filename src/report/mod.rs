@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 use crate::journal::Outcome;
 use crate::run::{Preview, RunReport, Would};
 
+pub mod operation;
+pub mod volume;
+
 /// The version of the JSON form.
 pub const SCHEMA: u32 = 1;
 
@@ -143,11 +146,18 @@ impl Report {
             })
             .collect();
         // Not in the table: a command that is broken into a column cannot be copied.
-        let by_hand = lines.iter().map(|l| format!("  {}", l.command));
+        // Nor is there what is so already: a mkfs that nobody needs must not lie around.
+        let by_hand: Vec<String> = lines
+            .iter()
+            .filter(|l| l.would != Would::Already && l.command != "true")
+            .map(|l| format!("  {}", l.command))
+            .collect();
+        let head =
+            if by_hand.is_empty() { vec![] } else { vec![String::new(), "By hand, about:".to_owned()] };
         Report::new(kind, json!({"volume": volume, "dry_run": true, "steps": lines}))
             .summary(format!("{kind} {volume}: a dry run, nothing was changed"))
             .table(&["STEP", "WOULD", "WHAT"], rows)
-            .notes(["".to_owned(), "By hand, about:".to_owned()].into_iter().chain(by_hand))
+            .notes(head.into_iter().chain(by_hand))
             .names([volume.to_string()])
     }
 

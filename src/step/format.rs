@@ -5,10 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, Direction, Facts, device_name};
 use crate::error::{Error, Kind, Result};
 use crate::host::{Content, Host, Observe, Signature};
-use crate::plan::{Direction, Facts};
 use crate::values::{FsType, VolumeId};
 
 /// See the module.
@@ -41,7 +40,13 @@ impl Act for Format {
 
     fn command(&self, direction: Direction, _: &VolumeId, facts: &Facts) -> String {
         match direction {
-            Direction::Apply => format!("mkfs.{} {}", Self::target_fs(facts), device_name(facts)),
+            Direction::Apply if self.read_only => "true".into(),
+            // blkid exits with 2 when it finds nothing; nobody should run a bare mkfs that stands in a report.
+            Direction::Apply => {
+                let device = device_name(facts);
+                let fs = Self::target_fs(facts);
+                format!("blkid -p {device}; [ $? = 2 ] && mkfs.{fs} {device}")
+            }
             Direction::Undo => "true".into(),
         }
     }

@@ -3,10 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, Direction, Facts, device_name};
 use crate::error::Result;
 use crate::host::{Host, Observe, Signature};
-use crate::plan::{Direction, Facts};
 use crate::values::{FsType, VolumeId};
 
 /// See the module.
@@ -23,13 +22,14 @@ impl Act for Preen {
 
     fn describe(&self, direction: Direction) -> String {
         match direction {
+            Direction::Apply if self.read_only => "repair nothing, since it is read-only".into(),
             Direction::Apply => "repair what is safe to repair, if it was not cleanly unmounted".into(),
             Direction::Undo => "nothing: repairs stay".into(),
         }
     }
 
     fn command(&self, _: Direction, _: &VolumeId, facts: &Facts) -> String {
-        format!("fsck -p {}", device_name(facts))
+        if self.read_only { "true".into() } else { format!("fsck -p {}", device_name(facts)) }
     }
 
     fn is_applied(&self, _: &VolumeId, facts: &mut Facts, _: &dyn Observe) -> Result<bool> {

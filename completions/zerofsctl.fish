@@ -1,0 +1,209 @@
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_zerofsctl_global_optspecs
+    string join \n o/output= state-dir= run-dir= zerofs-bin= v/verbose log-format= h/help V/version
+end
+
+function __fish_zerofsctl_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_zerofsctl_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_zerofsctl_using_subcommand
+    set -l cmd (__fish_zerofsctl_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -s V -l version -d 'Print version'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "attach" -d 'Attach a volume and mount it; a new one is made and formatted'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "detach" -d 'Unmount a volume, take its device away, and stop its ZeroFS'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "list" -d 'List the volumes of this node and of a store'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "show" -d 'Show all of one volume: processes, sockets, device, mounts, journal'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "resize" -d 'Grow a volume, its device and its filesystem; online if it is attached'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "fsck" -d 'Check the filesystem of a detached volume; repair it with --repair'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "recover" -d 'Settle what killed commands and killed keepers left'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "zerofs" -d 'Tell what is known of ZeroFS itself'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "demo" -d 'Try it out: attach, write, detach, compare, resize, check, clean up'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l target -d 'The folder to mount it at, or with --block the link to make; an empty or new one' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l size -d 'The size of a new volume, such as 10Gi [default: 1Gi]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l fs -d 'The filesystem of a new volume: ext4, xfs or btrfs [default: ext4]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l mount-option -d 'An option for mount(8), such as noatime; repeatable' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l transport -d 'How the block device is made: auto, fuse, or nbd (to come)' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l runtime -d 'Where ZeroFS runs: process' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l io-timeout -d 'Let I/O fail when ZeroFS is away this long [default: it waits]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l replay-log -d 'Room for writes that ZeroFS has not flushed yet' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l read-only -d 'Never format, repair or write'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l block -d 'Link the raw block device at the target, and mount nothing'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l take-over -d 'Take the volume from a node that is gone for good: what that had not flushed is lost'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l dry-run -d 'Print the plan and change nothing'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l stop-timeout -d 'How long ZeroFS may take to flush and stop, such as 90s or 10m' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l all -d 'Every volume of this node'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l force -d 'Kill ZeroFS after that time; what it had not flushed stays in this node\'s replay log'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l dry-run -d 'Print the plan and change nothing'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand list" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand show" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -l dry-run -d 'Print the plan and change nothing'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand resize" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l read-data -d 'Also read the data: all, part N of T, or the first P percent' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l repair -d 'Repair what is found; asks for the volume\'s name first'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l yes -d 'Repair without asking'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -l dry-run -d 'Print the plan and change nothing'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand fsck" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -f -a "versions" -d 'List the known versions, their faults, the guard against each, and the program found'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and __fish_seen_subcommand_from versions" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and __fish_seen_subcommand_from versions" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and __fish_seen_subcommand_from versions" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and __fish_seen_subcommand_from versions" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and __fish_seen_subcommand_from versions" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and __fish_seen_subcommand_from versions" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and __fish_seen_subcommand_from versions" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -l keep -d 'Leave the volume attached at the end, and say how to take it away'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
