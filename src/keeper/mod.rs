@@ -146,13 +146,16 @@ impl KeeperConfig {
 #[derive(Default)]
 pub struct Hooks {
     /// Asked before ZeroFS is started again: is the volume still ours? A [`Kind::Conflict`] says that it has a new
-    /// owner, and ZeroFS is not started; any other error puts the start off, since in doubt it is not ours. It blocks the keeper, so it must answer
-    /// or give up within a few seconds.
+    /// owner, and ZeroFS is not started; any other error puts the start off, since in doubt it is not ours. It
+    /// runs on a thread of its own, and I/O waits for it, so it should answer or give up within seconds.
     pub before_restart: Option<OwnerCheck>,
 }
 
 /// See [`Hooks::before_restart`].
-pub type OwnerCheck = Box<dyn Fn(&KeeperConfig) -> Result<()> + Send>;
+pub type OwnerCheck = Arc<dyn Fn(&KeeperConfig) -> Result<()> + Send + Sync>;
+
+/// The name of that thread.
+pub(crate) const OWNER_THREAD: &str = "owner";
 
 /// A keeper that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -470,7 +473,8 @@ fn end_on_panic() {
     std::panic::set_hook(Box::new(move |panic| {
         usual(panic);
         error!("{panic}");
-        if std::thread::current().name() != Some(control::CLIENT_THREAD) {
+        let spared = [Some(control::CLIENT_THREAD), Some(OWNER_THREAD)];
+        if !spared.contains(&std::thread::current().name()) {
             std::process::abort();
         }
     }));

@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,7 +30,7 @@ use super::process::{Exit, Identity, Launch, MARKER, Process, find_marked, passe
 use super::ready::wait_until_it_answers;
 use super::service::{FUSE_DIR, Shared, fenced_error, stopping_error};
 use super::watchdog::{Alarm, Finding, Watch};
-use super::{Hooks, causes, lock, thread};
+use super::{Hooks, OWNER_THREAD, causes, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::Cgroup;
 use crate::zerofs::versions::{Profile, READ_ERRORS_ARE_ZEROS, Sign};
@@ -46,8 +47,9 @@ const REPLAY_LOG: &str = "replay.log";
 /// How long a killed process may take to disappear before that is worth a word.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// A server that was ready for less than that did not recover: the next wait is longer.
-const SETTLED: Duration = Duration::from_millis(500);
+/// A server that was ready for less than that did not recover: the next wait is longer. Short, since it is ready
+/// only once it has carried out a replay and a flush.
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// The longest wait between two starts.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -69,6 +71,8 @@ pub(crate) struct Record {
 
 /// What happens to the supervisor.
 pub(crate) enum Event {
+    /// Whether the volume is still ours, or who has it.
+    Owner(Result<()>),
     /// The process of this generation has ended.
     Exited(u64, Exit),
     /// The server of this generation answers on both sockets.
@@ -93,6 +97,8 @@ pub(crate) enum Event {
 enum Phase {
     /// No process; the next start is at that time.
     Waiting(Instant),
+    /// No process; whether the volume is still ours is being asked.
+    Asking,
     /// A process, which does not answer yet.
     Starting(Instant),
     /// It answers; the data path is being connected.
@@ -265,6 +271,7 @@ impl Supervisor {
 
     fn handle(&mut self, event: Event) {
         match event {
+            Event::Owner(answer) if self.phase == Phase::Asking => self.owner(answer),
             Event::Exited(generation, exit) if generation == self.generation => self.exited(exit),
             Event::Answering(generation) if generation == self.generation => self.answering(),
             Event::Up(generation, result) => self.up(generation, result),
@@ -278,7 +285,7 @@ impl Supervisor {
             Event::Stop(options, reply) => self.stop(options, reply),
             Event::Flushed(result) => self.flushed(result),
             Event::Terminate => self.terminate_signal(),
-            Event::Exited(..) | Event::Answering(_) => {}
+            Event::Exited(..) | Event::Answering(_) | Event::Owner(_) => {}
         }
     }
 
@@ -461,6 +468,38 @@ impl Supervisor {
     }
 
     fn launch(&mut self) {
+        match &self.hooks.before_restart {
+            Some(check) if self.ever_ready => {
+                let (check, config) = (check.clone(), self.shared.config.clone());
+                let events = self.shared.events.clone();
+                let asked = thread(OWNER_THREAD, move || {
+                    let answer = std::panic::catch_unwind(AssertUnwindSafe(|| check(&config)));
+                    let answer = answer.unwrap_or_else(|_| Err(Error::failed("the question panicked")));
+                    let _ = events.send(Event::Owner(answer));
+                });
+                match asked {
+                    Ok(_) => self.phase = Phase::Asking,
+                    Err(e) => self.owner(Err(Error::environment(format!("cannot start a thread: {e}")))),
+                }
+            }
+            _ => self.launch_now(),
+        }
+    }
+
+    fn owner(&mut self, answer: Result<()>) {
+        match answer {
+            Ok(()) => self.launch_now(),
+            Err(e) if e.kind() == Kind::Conflict => self.fence(e.message()),
+            Err(e) => {
+                // In doubt it is not started: it would fence whoever owns the volume by now.
+                self.reason = format!("is not started: cannot tell whether the volume is still ours: {e}");
+                self.explained_by_log = false;
+                self.restart();
+            }
+        }
+    }
+
+    fn launch_now(&mut self) {
         if let Err(e) = self.try_launch() {
             error!("{e}");
             self.reason = format!("could not be started: {e}");
@@ -470,17 +509,6 @@ impl Supervisor {
     }
 
     fn try_launch(&mut self) -> Result<()> {
-        if self.ever_ready
-            && let Some(check) = &self.hooks.before_restart
-            && let Err(e) = check(&self.shared.config)
-        {
-            if e.kind() == Kind::Conflict {
-                self.fence(e.message());
-                return Ok(());
-            }
-            // In doubt it is not started: it would fence whoever owns the volume by now.
-            return Err(e.context("cannot tell whether the volume is still ours"));
-        }
         self.generation += 1;
         if self.ever_ready {
             self.shared.restarts.fetch_add(1, Ordering::Relaxed);
@@ -668,7 +696,7 @@ impl Supervisor {
                 }
             }
             // Done when the server answers.
-            Phase::Waiting(_) | Phase::Starting(_) | Phase::Raising | Phase::Condemned => {}
+            Phase::Waiting(_) | Phase::Asking | Phase::Starting(_) | Phase::Raising | Phase::Condemned => {}
         }
     }
 
@@ -791,12 +819,12 @@ impl Supervisor {
             Phase::Ready(_) => self.terminate(),
             // Nothing was ever written through it.
             Phase::Starting(_) if !self.attached => self.terminate(),
-            Phase::Waiting(_) if !self.attached || self.owes_nothing() => self.finish_clean(),
+            Phase::Waiting(_) | Phase::Asking if !self.attached || self.owes_nothing() => self.finish_clean(),
             Phase::Starting(_) if self.owes_nothing() => self.terminate(),
             Phase::Fenced => self.finish_void(),
             Phase::Failed(_) => self.finish_clean(),
             // Its next start replays what it owes; then the stop goes on.
-            Phase::Starting(_) | Phase::Waiting(_) | Phase::Raising | Phase::Condemned => {}
+            Phase::Starting(_) | Phase::Waiting(_) | Phase::Asking | Phase::Raising | Phase::Condemned => {}
             Phase::Terminating | Phase::Gone => {}
         }
     }
