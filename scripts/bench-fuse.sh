@@ -52,14 +52,18 @@ iops() { # rw
         --time_based --runtime="$seconds" --ramp_time=1 --randrepeat=1 --output-format=json |
         python3 -c 'import json,sys; j=json.load(sys.stdin)["jobs"][0]; print(int(j["read"]["iops"]+j["write"]["iops"]))'
 }
+ticks() { awk '{ print $14 + $15 }' /proc/$front_pid/stat; }
 declare -A sum
 for round in $(seq "$rounds"); do
     for kind in nbdfuse ours; do
         start $kind
         dd if=/dev/urandom of="$loop" bs=1M oflag=direct status=none || true
         for rw in randread randwrite; do
+            before=$(ticks)
             n=$(iops $rw)
-            echo "round $round $kind $rw $n"
+            # CPU time of the front end alone, with fio's ramp-up second in it.
+            each=$(awk -v t=$(($(ticks) - before)) -v n=$((n * (seconds + 1))) 'BEGIN { printf "%.1f", t * 10000 / n }')
+            echo "round $round $kind $rw $n IOPS, $each us of CPU each, $(grep -c . <(ls /proc/$front_pid/task)) threads"
             sum[$kind-$rw]=$((${sum[$kind-$rw]:-0} + n))
         done
         if [ $kind = ours ]; then grep -E 'VmRSS|RssAnon|RssShmem|RssFile|Threads' "/proc/$front_pid/status" | tr '\n' ' '; echo; fi

@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Doing, Error, Kind, Result};
-use crate::plan::{Direction, Facts, Operation, Plan, Task};
+use crate::plan::{Operation, Plan, Task};
 use crate::step::Step;
+use crate::step::{Direction, Facts};
 use crate::values::VolumeId;
 
 /// The version that we write.
@@ -103,6 +104,10 @@ pub struct Journal {
     path: PathBuf,
     lock: Lock,
     runs: Vec<Run>,
+    /// Set while work is taken back.
+    taking_back: bool,
+    /// The file lacks what only the memory has.
+    incomplete: bool,
 }
 
 impl Journal {
@@ -130,7 +135,7 @@ impl Journal {
             file.set_len(valid as u64).doing("truncate the journal", &path)?;
             file.seek(std::io::SeekFrom::End(0)).doing("seek in the journal", &path)?;
         }
-        Ok(Journal { file, path, lock, runs })
+        Ok(Journal { file, path, lock, runs, taking_back: false, incomplete: false })
     }
 
     /// Reads a journal without a lock, for those who only look; none when there is no journal.
@@ -161,6 +166,7 @@ impl Journal {
     /// Begins a run.
     pub(crate) fn begin(&mut self, plan: Plan, facts: Facts) -> Result<()> {
         debug_assert!(self.open_run().is_none(), "settle the open run first");
+        self.taking_back = matches!(plan.operation, Operation::Detach | Operation::Clear);
         self.append(Record::Begin { v: VERSION, at: jiff::Timestamp::now(), plan, facts })
     }
 
@@ -194,9 +200,43 @@ impl Journal {
             .map_err(|e| Error::failed(format!("cannot encode a journal record: {e}")))?;
         let line = format!("{:08x} {json}\n", crc32c::crc32c(json.as_bytes()));
         // First in memory, which refuses illegal moves: those must never reach the file.
-        apply(&mut self.runs, record)?;
-        self.file.write_all(line.as_bytes()).doing("write the journal", &self.path)?;
-        self.file.sync_data().doing("sync the journal", &self.path)
+        let mut runs = self.runs.clone();
+        apply(&mut runs, record)?;
+        if self.incomplete {
+            // The file lacks a line, so no later one may follow it. What it has is enough to take all down again.
+            if !self.taking_back {
+                return Err(Error::environment("the journal could not be written").hint(format!(
+                    "free some room: df -h {}; then run: zerofsctl recover",
+                    self.path.display()
+                )));
+            }
+            self.runs = runs;
+            return Ok(());
+        }
+        let length = self.file.metadata().doing("stat the journal", &self.path)?.len();
+        let written = self
+            .file
+            .write_all(line.as_bytes())
+            .doing("write the journal", &self.path)
+            .and_then(|()| self.file.sync_data().doing("sync the journal", &self.path));
+        if let Err(e) = written {
+            // On a full disk half a line may have got there: a next one after it would look like damage.
+            self.file.set_len(length).doing("truncate the journal", &self.path)?;
+            if !self.taking_back {
+                return Err(e);
+            }
+            tracing::warn!("{e}; going on without it");
+            self.incomplete = true;
+        }
+        self.runs = runs;
+        Ok(())
+    }
+
+    /// From now on, and until the next run begins, a journal that cannot be written stops nothing: what is there is
+    /// taken down, which must not fail for want of room. Each step looks before it acts, so a kill in between does
+    /// no harm either.
+    pub(crate) fn take_back(&mut self) {
+        self.taking_back = true;
     }
 
     /// Removes the journal, the run folder and the lock file, once nothing is left of the volume on this
@@ -251,7 +291,12 @@ impl Standing {
             for (task, state) in run.plan.tasks.iter().zip(&run.states) {
                 standing.take(task, *state);
             }
-            standing.facts = run.facts.clone();
+            // A run that took itself back leaves what was known before it, but for the folders that it removed.
+            if run.end == Some(End::Unwound) {
+                standing.facts.made_targets.clone_from(&run.facts.made_targets);
+            } else {
+                standing.facts = run.facts.clone();
+            }
         }
         standing
     }

@@ -8,8 +8,9 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::host::{Host, Observe};
 use crate::journal::{End, Journal, Outcome, Settlement, TaskState, settlement};
-use crate::plan::{Direction, Facts, Plan, Task};
+use crate::plan::{Plan, Task};
 use crate::step::Step;
+use crate::step::{Direction, Facts};
 
 /// Sees every step event: progress lines, logs and metrics hang here.
 pub trait Observer {
@@ -173,6 +174,7 @@ impl Engine<'_> {
 
     /// After a failed task: undo what this run did, or leave it open for the next one to finish.
     fn fail(&self, journal: &mut Journal, index: usize, error: Error) -> Error {
+        journal.take_back();
         if let Err(e) = journal.failed(index, &error) {
             tracing::error!("{e}");
             return error;
@@ -207,7 +209,9 @@ impl Engine<'_> {
     fn unwind(&self, journal: &mut Journal) -> Result<()> {
         let Some(run) = journal.open_run() else { return Ok(()) };
         let (plan, states, mut facts) = (run.plan.clone(), run.states.clone(), run.facts.clone());
-        if !run.unwinding {
+        let begun = run.unwinding;
+        journal.take_back();
+        if !begun {
             journal.unwinding()?;
         }
         for (index, (task, state)) in plan.tasks.iter().zip(states).enumerate().rev() {

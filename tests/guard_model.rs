@@ -498,7 +498,7 @@ impl World {
         if let Some((id, open)) = self.probes.pop_front() {
             let open = open.filter(|_| !blind);
             let mut out = Vec::new();
-            self.guard.probed(self.now, id, open, &mut out);
+            self.guard.probed(self.now, id, open, None, &mut out);
             self.act(out);
         }
     }
@@ -905,8 +905,7 @@ fn overlapping_mutations_keep_their_order() {
     };
     // The third overlaps only the second, which waits for the first: it does not overtake.
     assert_eq!(sent(&world), [0, 20]);
-    for rest in [&[20, 2][..], &[20, 4], &[20]] {
-        let nth = if sent(&world)[0] == 20 { 1 } else { 0 };
+    for (nth, rest) in [(1, &[0][..]), (0, &[2]), (0, &[4])] {
         world.event(&Event::Serve { nth });
         world.event(&Event::Reply { nth: 0 });
         assert_eq!(sent(&world), rest);

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use insta::assert_snapshot;
 use zerofsctl::error::{Error, Kind};
+use zerofsctl::host::CheckResult;
 use zerofsctl::host::fake::FakeHost;
 use zerofsctl::host::{StopOptions, User};
 use zerofsctl::journal::{Journal, Standing};
 use zerofsctl::ops::{self, AttachSpec, Scope};
-use zerofsctl::plan::CheckResult;
 use zerofsctl::report::volume::{Found, Seen, list, show};
 use zerofsctl::report::{Format, Report, operation};
 use zerofsctl::run::{Engine, RunReport, Silent};

@@ -201,20 +201,39 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
         return Ok(Report::of_preview("attach", &spec.volume, &lines));
     }
     require_fuse()?;
+    require_parent(&spec)?;
     let dirs = context.dirs()?;
     let engine = context.engine(&host);
     let run = ops::attach::attach(&engine, &dirs.run, &spec)?;
     Ok(operation::attach(&spec, &run))
 }
 
+/// A folder is made for the target, but not a whole path: that would hide a typing error.
+fn require_parent(spec: &AttachSpec) -> Result<()> {
+    match spec.target.as_path().parent() {
+        Some(parent) if !parent.exists() => Err(Error::usage(format!(
+            "the folder {}, in which the target shall be, does not exist",
+            parent.display()
+        ))
+        .on(&spec.volume)
+        .hint(format!("make it: mkdir -p {}", parent.display()))),
+        _ => Ok(()),
+    }
+}
+
 /// The one kernel feature that the fuse transport cannot do without.
 fn require_fuse() -> Result<()> {
-    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        Ok(_) => Ok(()),
-        Err(e) => Err(Error::environment(format!("cannot open /dev/fuse: {e}")).hint(
-            "load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged",
-        )),
-    }
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    // As the kernel assigns it for good: misc, 229. Some containers have an empty file of that name.
+    let number = nix::sys::stat::makedev(10, 229);
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    let why = match opened.and_then(|file| file.metadata()) {
+        Ok(meta) if meta.file_type().is_char_device() && meta.rdev() == number => return Ok(()),
+        Ok(_) => "/dev/fuse is not the FUSE device".to_owned(),
+        Err(e) => format!("cannot open /dev/fuse: {e}"),
+    };
+    Err(Error::environment(why)
+        .hint("load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged"))
 }
 
 #[cfg(test)]

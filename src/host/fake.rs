@@ -13,7 +13,7 @@ use super::{
     Signature, StopOptions, TargetView, User,
 };
 use crate::error::{Error, Kind, Result};
-use crate::plan::{CheckResult, Device};
+use crate::host::{CheckResult, Device};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
 /// What a kill is in the model: a panic with this payload, which nothing on the way may handle.

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Doing, Result};
-use crate::plan::Device;
+use crate::host::Device;
 use crate::values::FsType;
 
 /// Whether the filesystem takes all of the device, but for less than one of its own units.

@@ -20,6 +20,7 @@ use crate::catalog::{
     VolumeRecord, Written,
 };
 use crate::error::{Doing, Error, Kind, Result};
+use crate::host::{CheckResult, Device};
 use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
@@ -28,7 +29,6 @@ use crate::keeper::path::LogState;
 use crate::keeper::process::boot_id;
 use crate::keeper::{self, KeeperConfig};
 use crate::password::{PasswordCheck, Secret};
-use crate::plan::{CheckResult, Device};
 use crate::settings::{S3Settings, Settings};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 use crate::zerofs::config::{self, ConfigInput};
@@ -46,6 +46,9 @@ const QUICK: Duration = Duration::from_secs(120);
 
 /// How long ZeroFS may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long a killed keeper may take to be gone.
+const DYING: Duration = Duration::from_secs(20);
 
 /// The two roots.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,11 +192,20 @@ impl LinuxHost {
 
     /// The status of the keeper; none when there is no keeper.
     pub fn status(&self, volume: &VolumeId) -> Result<Option<Status>> {
-        // It may also end between the two: a keeper that was just killed still takes the connection.
-        match self.client(volume).and_then(|mut client| client.status()) {
-            Ok(status) => Ok(Some(status)),
-            Err(e) if e.kind() == Kind::NotFound => Ok(None),
-            Err(e) => Err(e),
+        let begun = Instant::now();
+        loop {
+            match self.client(volume) {
+                Ok(mut client) => match client.status() {
+                    // One that was killed is not gone before the last of its threads is; until then its socket
+                    // still takes connections.
+                    Err(e) if e.kind() == Kind::NotFound && begun.elapsed() < DYING => {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    other => break other.map(Some),
+                },
+                Err(e) if e.kind() == Kind::NotFound => break Ok(None),
+                Err(e) => break Err(e),
+            }
         }
     }
 
@@ -469,11 +481,51 @@ impl LinuxHost {
             return Ok(0);
         }
         let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
-        Ok(match ReplayLog::open(&folder, &who, log::MIN_CAPACITY)? {
+        let begun = Instant::now();
+        let opened = loop {
+            match ReplayLog::open(&folder, &who, log::MIN_CAPACITY) {
+                // A keeper that was killed lets go of it as the last thing.
+                Err(e) if e.kind() == Kind::Busy && begun.elapsed() < DYING => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => break other?,
+            }
+        };
+        Ok(match opened {
             log::Opened::Log(log) => log.live(),
             // Of another boot or volume: it can only be thrown away, which the replay step tells loudly.
             log::Opened::Foreign { .. } => 0,
         })
+    }
+
+    /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only
+    /// for what may be done twice.
+    fn served<T>(&self, volume: &VolumeId, ask: impl Fn() -> Result<T>) -> Result<T> {
+        for _ in 0..3 {
+            let error = match ask() {
+                Err(e) if e.kind() == Kind::Unreachable => e,
+                other => return other,
+            };
+            let Ok(mut client) = self.client(volume) else { return Err(error) };
+            // The keeper needs a moment to notice the death, too.
+            std::thread::sleep(Duration::from_millis(20));
+            client.wait_ready(START_LIMIT)?;
+        }
+        ask()
+    }
+
+    /// What a keeper makes in the run folder, by name; not the log, which may hold what nobody else has.
+    fn keeper_names() -> [&'static str; 8] {
+        [
+            keeper::CONFIG,
+            keeper::PID_FILE,
+            "keeper.lock",
+            control::SOCKET,
+            "zerofs.pid",
+            config::NINEP_SOCKET,
+            config::NBD_SOCKET,
+            config::RPC_SOCKET,
+        ]
     }
 
     /// Removes what a stopped keeper leaves in the run folder; each by its name, nothing else.
@@ -482,12 +534,7 @@ impl LinuxHost {
         let (fuse, _) = self.dirs.fuse(volume);
         remove(std::fs::remove_dir(&fuse), &fuse)?;
         let log_is_empty = self.left_behind(volume)? == 0;
-        let mut names = vec![keeper::CONFIG, keeper::PID_FILE, "keeper.lock", control::SOCKET, "zerofs.pid"];
-        names.extend([config::NINEP_SOCKET, config::NBD_SOCKET, config::RPC_SOCKET]);
-        if log_is_empty {
-            names.push(log::FILE_NAME);
-        }
-        for name in names {
+        for name in Self::keeper_names().into_iter().chain(log_is_empty.then_some(log::FILE_NAME)) {
             let path = folder.join(name);
             remove(std::fs::remove_file(&path), &path)?;
         }
@@ -596,6 +643,10 @@ impl Observe for LinuxHost {
         }
     }
 
+    fn store(&self) -> Option<String> {
+        Some(self.storage.url.to_string())
+    }
+
     fn config_present(&self, volume: &VolumeId) -> Result<bool> {
         let path = self.dirs.config(volume);
         let text = match std::fs::read_to_string(&path) {
@@ -636,8 +687,16 @@ impl Observe for LinuxHost {
         })
     }
 
+    fn keeper_files(&self, volume: &VolumeId) -> Result<bool> {
+        let folder = self.dirs.volume_run(volume);
+        let (fuse, _) = self.dirs.fuse(volume);
+        let mut names = Self::keeper_names().into_iter().chain([log::FILE_NAME]);
+        Ok(fuse.exists() || names.any(|name| folder.join(name).exists()))
+    }
+
     fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>> {
-        Ok(ninep::disk_size(&self.dirs.volume_run(volume), EXPORT)?.map(ByteSize))
+        let folder = self.dirs.volume_run(volume);
+        Ok(self.served(volume, || ninep::disk_size(&folder, EXPORT))?.map(ByteSize))
     }
 
     fn device(&self, volume: &VolumeId) -> Result<DeviceView> {
@@ -800,7 +859,10 @@ impl Host for LinuxHost {
             // Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
             let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
             self.start_keeper(volume, epoch, &KeeperOptions::default())?;
-            self.replay(volume)?;
+            // Without a log there may not even be a disk yet.
+            if left_behind > 0 {
+                self.replay(volume)?;
+            }
         }
         let stop = |force| {
             let wanted = control::StopOptions {
@@ -836,15 +898,18 @@ impl Host for LinuxHost {
     }
 
     fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
-        ninep::create_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::create_disk(&folder, EXPORT, size.bytes()))
     }
 
     fn remove_disk(&self, volume: &VolumeId) -> Result<()> {
-        ninep::unlink_disk(&self.dirs.volume_run(volume), EXPORT).map(drop)
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::unlink_disk(&folder, EXPORT)).map(drop)
     }
 
     fn grow_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
-        ninep::grow_disk(&self.dirs.volume_run(volume), EXPORT, size.bytes())
+        let folder = self.dirs.volume_run(volume);
+        self.served(volume, || ninep::grow_disk(&folder, EXPORT, size.bytes()))
     }
 
     fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)> {
@@ -887,8 +952,13 @@ impl Host for LinuxHost {
 
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let (folder, file) = self.dirs.fuse(volume);
-        if !dead {
-            self.client(volume)?.within(Duration::from_secs(600)).flush()?;
+        // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
+        let status = if dead { None } else { self.status(volume)? };
+        let dead = !status.is_some_and(|s| s.fuse_mounted);
+        // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
+        // only be that of a server that is away for longer than the volume's time limit.
+        if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {
+            tracing::warn!(%volume, "{e}");
         }
         if let Some(device) = loopdev::find(&file)? {
             loopdev::detach(&device.path, &file, dead)?;

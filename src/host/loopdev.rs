@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use linux_raw_sys::loop_device as sys;
 
 use crate::error::{Doing, Error, Kind, Result};
-use crate::plan::Device;
+use crate::host::Device;
 use crate::values::ByteSize;
 
 /// The loop device whose backing file is `file`, if there is one.

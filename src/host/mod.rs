@@ -11,7 +11,6 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::plan::{CheckResult, Device};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
 pub use crate::catalog::Content;
@@ -26,6 +25,28 @@ pub mod mounts;
 pub mod programs;
 pub mod signature;
 pub mod users;
+
+/// A block device that shows a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// `/dev/loop3`
+    pub path: PathBuf,
+    /// Whether writes are refused by the device.
+    pub read_only: bool,
+    /// Its size.
+    pub size: ByteSize,
+}
+
+/// What a filesystem check said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckResult {
+    /// No fault found, or every fault was repaired.
+    pub clean: bool,
+    /// Whether something was repaired.
+    pub repaired: bool,
+    /// The program's own words, bounded.
+    pub output: String,
+}
 
 /// What the catalog gave us with a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -194,12 +215,20 @@ pub trait Observe {
     fn claim(&self, volume: &VolumeId) -> Result<Option<Claimed>>;
     /// Whether nothing is left of a claim: it is not ours in the catalog, and nothing is kept to release it with.
     fn claim_absent(&self, volume: &VolumeId) -> Result<bool>;
+    /// The store that this host looks into, where there is more than one in the world.
+    fn store(&self) -> Option<String> {
+        None
+    }
     /// Whether the config on disk is the one that we would write.
     fn config_present(&self, volume: &VolumeId) -> Result<bool>;
     /// Whether anything of the volume's state folder exists.
     fn config_absent(&self, volume: &VolumeId) -> Result<bool>;
     /// The keeper and its ZeroFS.
     fn keeper(&self, volume: &VolumeId) -> Result<KeeperView>;
+    /// Whether sockets, pid files or an empty log of a keeper that is gone are still there.
+    fn keeper_files(&self, _: &VolumeId) -> Result<bool> {
+        Ok(false)
+    }
     /// Size of the disk inside ZeroFS; none when there is no disk. Needs a running ZeroFS.
     fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>>;
     /// The FUSE mount and the loop device.

@@ -939,6 +939,28 @@ mod tests {
     }
 
     #[test]
+    fn entries_of_an_earlier_lap_do_not_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path(), &who());
+        for lap in 0..3 {
+            for i in 0..4 {
+                let seq = log.append(Kind::Write, i, 1, &[lap]).unwrap();
+                log.ack(seq);
+            }
+            log.release(log.mark());
+            assert!(log.is_empty());
+        }
+        // It starts over at the beginning, and behind it lie whole entries.
+        log.append(Kind::Write, 9, 1, &[9]).unwrap();
+        drop(log);
+        let mut log = open(dir.path(), &who());
+        assert_eq!(contents(&log), [(Kind::Write, 9, 1, vec![9])]);
+        log.clear();
+        drop(log);
+        assert!(open(dir.path(), &who()).is_empty());
+    }
+
+    #[test]
     fn a_torn_append_at_any_byte_is_no_entry_and_hurts_no_other() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = open(dir.path(), &who());

@@ -79,6 +79,11 @@ pub trait Prober: Send + Sync {
     fn database_open(&self) -> Result<bool>;
     /// Whether the server has *not* admitted, since `since`, that a flush was not durable.
     fn flush_was_honest(&self, since: Instant) -> bool;
+    /// When the server last told of trouble with its object store; always none for a server whose reads then fail
+    /// instead of giving zeros.
+    fn store_trouble(&self) -> Option<Instant> {
+        None
+    }
 }
 
 /// What the data path tells its owner.
@@ -199,7 +204,7 @@ struct Frame {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic in another thread leaves nothing half done that matters more than going on with the volume.
+    // What these protect is whole at every instant.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -254,15 +259,36 @@ impl DataPath {
                 .spawn(body)
                 .map_err(|e| Error::environment(format!("cannot start a thread: {e}")))
         };
+        // A thread that is gone would be a silent hang for ever; a keeper that is gone is noticed and replaced.
+        struct AbortOnPanic;
+        impl Drop for AbortOnPanic {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    std::process::abort();
+                }
+            }
+        }
         let io = Arc::clone(&shared);
-        path.threads.push(spawn("io", Box::new(move || Receiver::default().run(&io)))?);
-        path.threads.push(spawn("probe", Box::new(move || run_jobs(&shared, &*prober, &todo)))?);
+        path.threads.push(spawn(
+            "io",
+            Box::new(move || {
+                let _end = AbortOnPanic;
+                Receiver::default().run(&io);
+            }),
+        )?);
+        path.threads.push(spawn(
+            "probe",
+            Box::new(move || {
+                let _end = AbortOnPanic;
+                run_jobs(&shared, &*prober, &todo);
+            }),
+        )?);
         Ok(Arc::new(path))
     }
 
     /// The state of the log now.
     pub fn log_state(&self) -> LogState {
-        let state = lock(&self.shared.state);
+        let state = self.shared.state();
         match &state.guard {
             None => LogState::Foreign { why: state.foreign.clone().unwrap_or_default() },
             Some(guard) if guard.log().live() == 0 => LogState::Clean,
@@ -278,7 +304,7 @@ impl DataPath {
     pub fn discard_log(&self) -> Result<()> {
         let _one = lock(&self.control);
         let config = &self.shared.config;
-        let mut state = lock(&self.shared.state);
+        let mut state = self.shared.state();
         if state.guard.as_ref().is_some_and(|g| !g.is_quiet()) {
             return Err(Error::refused("the replay log is in use")
                 .hint("detach the volume first: zerofsctl detach VOLUME")
@@ -308,7 +334,7 @@ impl DataPath {
     fn up(&self) -> Result<Replayed> {
         let shared = &*self.shared;
         let (map, size_before, entries) = {
-            let state = lock(&shared.state);
+            let state = shared.state();
             let Some(guard) = &state.guard else {
                 let why = state.foreign.clone().unwrap_or_default();
                 return Err(Error::refused(format!("the replay log cannot be used: {why}")).hint(
@@ -344,7 +370,7 @@ impl DataPath {
         *lock(&shared.outcome) = None;
         let mut out = Vec::new();
         {
-            let mut state = lock(&shared.state);
+            let mut state = shared.state();
             let Some(guard) = state.guard.as_mut().filter(|g| !g.is_failed()) else {
                 drop(state);
                 shared.drop_conns();
@@ -404,7 +430,7 @@ impl DataPath {
     /// Forgets the connections; everything in flight stays held.
     pub fn server_down(&self) {
         let shared = &self.shared;
-        if let Some(guard) = lock(&shared.state).guard.as_mut() {
+        if let Some(guard) = shared.state().guard.as_mut() {
             guard.down(shared.now());
         }
         shared.drop_conns();
@@ -415,7 +441,7 @@ impl DataPath {
     pub fn fail(&self, why: &str) {
         let shared = &self.shared;
         let mut out = Vec::new();
-        if let Some(guard) = lock(&shared.state).guard.as_mut() {
+        if let Some(guard) = shared.state().guard.as_mut() {
             guard.fail(shared.now(), &mut out);
         }
         shared.drop_conns();
@@ -457,7 +483,7 @@ impl DataPath {
                 Error::new(Kind::Busy, "the volume has no server just now")
                     .hint("wait until it is ready (zerofsctl show VOLUME), then run the same command again")
             };
-            let map = match &lock(&shared.state).guard {
+            let map = match &shared.state().guard {
                 Some(guard) if guard.is_up() => guard.log().mapped(),
                 _ => return Err(away()),
             };
@@ -473,7 +499,7 @@ impl DataPath {
             let ids = shared.add_conns(streams, &map)?;
             let mut out = Vec::new();
             {
-                let mut state = lock(&shared.state);
+                let mut state = shared.state();
                 let Some(guard) = state.guard.as_mut().filter(|g| g.is_up()) else {
                     drop(state);
                     ids.iter().for_each(|id| shared.close(*id, false));
@@ -490,7 +516,7 @@ impl DataPath {
 
     /// Counters and gauges.
     pub fn stats(&self) -> Stats {
-        lock(&self.shared.state).guard.as_ref().map(|g| g.stats(self.shared.now())).unwrap_or_default()
+        self.shared.state().guard.as_ref().map(|g| g.stats(self.shared.now())).unwrap_or_default()
     }
 
     /// Hands an operation in. It may wait for as long as the server is away.
@@ -538,7 +564,7 @@ impl Drop for DataPath {
             let _ = thread.join();
         }
         // What is held is answered, so that nobody above waits for ever; the log keeps what was acknowledged.
-        let guard = lock(&self.shared.state).guard.take();
+        let guard = self.shared.state().guard.take();
         drop(guard);
         if let Some(mount) = lock(&self.mount).take() {
             mount.abandon();
@@ -592,6 +618,16 @@ impl Shared {
         self.start.elapsed()
     }
 
+    /// The guard, locked.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|_| {
+            // A panic in the middle of a decision: nobody knows which promises hold. The log does, and the next
+            // keeper goes by it.
+            tracing::error!("the guard of volume {} is broken; the keeper ends", self.config.volume);
+            std::process::abort()
+        })
+    }
+
     pub(super) fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
     }
@@ -641,7 +677,7 @@ impl Shared {
         let now = self.now();
         let mut out = Vec::with_capacity(2);
         let wake = {
-            let mut state = lock(&self.state);
+            let mut state = self.state();
             let State { guard, armed, .. } = &mut *state;
             let Some(guard) = guard else {
                 drop(state);
@@ -759,7 +795,7 @@ impl Shared {
 
     fn lost(&self, id: ConnId, why: &str) {
         let mut out = Vec::new();
-        if let Some(guard) = lock(&self.state).guard.as_mut() {
+        if let Some(guard) = self.state().guard.as_mut() {
             guard.conn_lost(self.now(), id, why, &mut out);
         }
         self.close(id, false);
@@ -923,7 +959,7 @@ impl Receiver {
     fn tick(&mut self, shared: &Shared, now: Now) -> Option<Now> {
         let mut out = Vec::new();
         let deadline = {
-            let mut state = lock(&shared.state);
+            let mut state = shared.state();
             let State { guard, armed, .. } = &mut *state;
             if let Some(guard) = guard {
                 if guard.deadline().is_some_and(|at| at <= now) {
@@ -974,7 +1010,7 @@ impl Receiver {
         let mut need = RECEIVE;
         let mut wrong = None;
         let deadline = {
-            let mut state = lock(&shared.state);
+            let mut state = shared.state();
             let State { guard, armed, .. } = &mut *state;
             let guard = guard.as_mut()?;
             while let Some(header) = buffer.bytes[at..buffer.filled].first_chunk() {
@@ -1028,13 +1064,14 @@ fn run_jobs(shared: &Shared, prober: &dyn Prober, todo: &mpsc::Receiver<Job>) {
             Job::Stop => return,
             Job::Probe(id) => {
                 let open = prober.database_open().ok();
-                if let Some(guard) = lock(&shared.state).guard.as_mut() {
-                    guard.probed(shared.now(), id, open, &mut out);
+                let troubled = prober.store_trouble().map(|at| at.saturating_duration_since(shared.start));
+                if let Some(guard) = shared.state().guard.as_mut() {
+                    guard.probed(shared.now(), id, open, troubled, &mut out);
                 }
             }
             Job::CheckFlush(id, since) => {
                 let honest = prober.flush_was_honest(shared.start + since);
-                if let Some(guard) = lock(&shared.state).guard.as_mut() {
+                if let Some(guard) = shared.state().guard.as_mut() {
                     guard.flush_checked(shared.now(), id, honest, &mut out);
                 }
             }

@@ -32,7 +32,7 @@ use super::watchdog::{Alarm, Finding, Watch};
 use super::{Hooks, causes, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::Cgroup;
-use crate::zerofs::versions::{Profile, Sign};
+use crate::zerofs::versions::{Profile, READ_ERRORS_ARE_ZEROS, Sign};
 
 /// The sockets of ZeroFS in the run folder: 9P, NBD, RPC.
 pub(crate) const SOCKETS: [&str; 3] = ["9p.sock", "nbd.sock", "rpc.sock"];
@@ -57,9 +57,6 @@ const SILENCE: Duration = Duration::from_secs(8);
 
 /// A keeper whose ZeroFS never started ends by itself after that long: nobody came for the error.
 const FAILED_LINGER: Duration = Duration::from_secs(120);
-
-/// The fault of versions that answer with zeros when the storage fails a read.
-const READ_ERRORS_ARE_ZEROS: &str = "read-errors-are-zeros";
 
 /// What the record file says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -144,8 +141,12 @@ pub(crate) struct Supervisor {
     raising: VecDeque<Sender<Result<Replayed>>>,
     raise_attempts: u32,
     stopping: Option<Stopping>,
-    /// Why ZeroFS was killed, or how it ended.
+    /// Why the last try to start it failed, while it is still being tried.
+    last_cause: Option<Error>,
+    /// How ZeroFS ended, as what follows its name in a sentence.
     reason: String,
+    /// Whether its log may tell the cause of that end.
+    explained_by_log: bool,
 }
 
 impl Supervisor {
@@ -177,7 +178,9 @@ impl Supervisor {
             raising: VecDeque::new(),
             raise_attempts: 0,
             stopping: None,
+            last_cause: None,
             reason: String::new(),
+            explained_by_log: false,
         }
     }
 
@@ -213,7 +216,7 @@ impl Supervisor {
     fn next_deadline(&self) -> Option<Instant> {
         let phase = match self.phase {
             Phase::Waiting(until) => Some(until),
-            Phase::Starting(since) if !self.ever_ready => Some(since + self.start_limit()),
+            Phase::Starting(_) if !self.ever_ready => Some(self.begun + self.start_limit()),
             Phase::Failed(since) => Some(since + FAILED_LINGER),
             _ => None,
         };
@@ -229,16 +232,8 @@ impl Supervisor {
         let now = Instant::now();
         match self.phase {
             Phase::Waiting(until) if now >= until => self.launch(),
-            Phase::Starting(since) if !self.ever_ready && now >= since + self.start_limit() => {
-                let limit = self.start_limit().as_secs();
-                let cause = self.explain(&format!("did not answer within {limit} s"));
-                let error = match cause.error.kind() {
-                    Kind::Failed => Error::new(Kind::Unreachable, cause.error.message())
-                        .hint("check that the storage answers; a store that hangs makes ZeroFS wait for it"),
-                    _ => cause.error,
-                };
-                self.failed(error);
-                self.kill();
+            Phase::Starting(_) if !self.ever_ready && now >= self.begun + self.start_limit() => {
+                self.start_took_too_long();
             }
             Phase::Failed(since) if now >= since + FAILED_LINGER && !self.attached => {
                 info!("nobody came for the failed start: ending");
@@ -249,6 +244,21 @@ impl Supervisor {
         if self.stopping.as_ref().is_some_and(|s| now >= s.next_word) {
             self.stop_word(now);
         }
+    }
+
+    fn start_took_too_long(&mut self) {
+        let limit = self.start_limit().as_secs();
+        // An earlier try that came to its end knows more than one that is still at it.
+        let error = self.last_cause.take().unwrap_or_else(|| {
+            let cause = self.explain(&format!("did not answer within {limit} s")).error;
+            match cause.kind() {
+                Kind::Failed => Error::new(Kind::Unreachable, cause.message())
+                    .hint("check that the storage answers; a store that hangs makes ZeroFS wait for it"),
+                _ => cause,
+            }
+        });
+        self.failed(error);
+        self.kill();
     }
 
     // --- events -----------------------------------------------------------------------------------------
@@ -300,7 +310,9 @@ impl Supervisor {
                 self.leave_ready();
                 self.shared.data.server_down();
                 if !matches!(phase, Phase::Condemned) {
-                    self.reason = format!("ZeroFS {exit}");
+                    self.reason = exit.to_string();
+                    // A kill from outside has nothing to do with what it said before.
+                    self.explained_by_log = !matches!(exit, Exit::Signal(_));
                 }
                 match fenced {
                     Some(line) if self.ever_ready => self.fence(&line),
@@ -342,17 +354,11 @@ impl Supervisor {
         }
         let serves = !matches!(self.phase, Phase::Starting(_));
         match alarm {
-            Alarm::Log(_, Finding { sign, line }) => match sign {
-                Sign::Fenced if self.ever_ready => self.fence(&line),
-                Sign::Fenced => self.condemn(&line),
-                Sign::Closed => self.condemn(&format!("its database is closed: {line}")),
-                Sign::FlushLied => self.condemn(&format!("it answered a flush that was not durable: {line}")),
-                // A read that runs out of retries would be answered with zeros.
-                Sign::StoreGivingUp if serves && self.profile.has_fault(READ_ERRORS_ARE_ZEROS) => {
-                    self.condemn(&format!("it is about to give up on its storage: {line}"));
-                }
-                Sign::StoreGivingUp | Sign::StoreTrouble => self.shared.trouble(line),
-            },
+            Alarm::Log(_, Finding { sign, line }) => {
+                // It is shown to people, and it was not we who wrote it.
+                let line = causes::redact(&line, &causes::secrets_of(&self.shared.config.config_path));
+                self.log_line(sign, line, serves);
+            }
             Alarm::Closed(_) => self.condemn("its database is closed"),
             Alarm::Silent(_, time) if time >= SILENCE && matches!(self.phase, Phase::Ready(_)) => {
                 let reason = format!("ZeroFS has not answered for {} s; it is left alone", time.as_secs());
@@ -366,6 +372,20 @@ impl Supervisor {
                     self.shared.enter(State::Ready, None);
                 }
             }
+        }
+    }
+
+    fn log_line(&mut self, sign: Sign, line: String, serves: bool) {
+        match sign {
+            Sign::Fenced if self.ever_ready => self.fence(&line),
+            Sign::Fenced => self.condemn(&line),
+            Sign::Closed => self.condemn(&format!("its database is closed: {line}")),
+            Sign::FlushLied => self.condemn(&format!("it answered a flush that was not durable: {line}")),
+            // A read that runs out of retries would be answered with zeros.
+            Sign::StoreGivingUp if serves && self.profile.has_fault(READ_ERRORS_ARE_ZEROS) => {
+                self.condemn(&format!("it is about to give up on its storage: {line}"));
+            }
+            Sign::StoreGivingUp | Sign::StoreTrouble => self.shared.trouble(line),
         }
     }
 
@@ -443,7 +463,8 @@ impl Supervisor {
     fn launch(&mut self) {
         if let Err(e) = self.try_launch() {
             error!("{e}");
-            self.reason = e.to_string();
+            self.reason = format!("could not be started: {e}");
+            self.explained_by_log = false;
             if self.ever_ready { self.restart() } else { self.failed(e) }
         }
     }
@@ -457,7 +478,8 @@ impl Supervisor {
                 self.fence(e.message());
                 return Ok(());
             }
-            warn!("cannot tell whether the volume is still ours: {e}");
+            // In doubt it is not started: it would fence whoever owns the volume by now.
+            return Err(e.context("cannot tell whether the volume is still ours"));
         }
         self.generation += 1;
         if self.ever_ready {
@@ -532,13 +554,14 @@ impl Supervisor {
     /// This server must go. What happens next is decided when it is gone and its log is complete.
     fn condemn(&mut self, why: &str) {
         warn!("killing ZeroFS: {why}");
-        self.reason = why.to_owned();
+        self.reason = format!("was killed, since {why}");
+        self.explained_by_log = true;
         self.leave_ready();
         self.phase = Phase::Condemned;
         self.watch.probe_regularly(false);
         self.shared.data.server_down();
         if self.stopping.is_none() && self.ever_ready {
-            self.shared.enter(State::Stalled, Some(format!("ZeroFS is being replaced: {why}")));
+            self.shared.enter(State::Stalled, Some(format!("ZeroFS {}", self.reason)));
         }
         self.kill();
     }
@@ -555,11 +578,10 @@ impl Supervisor {
         if self.stopping.is_some() && nothing_to_save {
             return self.finish_clean();
         }
-        let cause = self.explain(&self.reason);
-        let reason = if cause.error.kind() == Kind::Failed {
-            self.reason.clone()
-        } else {
-            cause.error.message().to_owned()
+        let cause = self.explained_by_log.then(|| self.explain(&self.reason).error);
+        let reason = match cause.filter(|e| e.kind() != Kind::Failed) {
+            Some(e) => e.message().to_owned(),
+            None => format!("ZeroFS {}", self.reason),
         };
         warn!("ZeroFS is started again in {} ms: {reason}", self.wait.as_millis());
         self.phase = Phase::Waiting(Instant::now() + self.wait);
@@ -574,18 +596,14 @@ impl Supervisor {
         if self.stopping.is_some() {
             return self.finish_clean();
         }
-        if !cause.permanent && self.begun.elapsed() + self.wait < self.start_limit() {
-            self.reason = cause.error.message().to_owned();
-            return self.restart_unready();
+        if cause.permanent || self.begun.elapsed() + self.wait >= self.start_limit() {
+            return self.failed(cause.error);
         }
-        self.failed(cause.error);
-    }
-
-    fn restart_unready(&mut self) {
         self.wait = (self.wait * 2).clamp(Duration::from_millis(100), LONGEST_WAIT);
-        warn!("ZeroFS is started again in {} ms: {}", self.wait.as_millis(), self.reason);
+        warn!("ZeroFS is started again in {} ms: {}", self.wait.as_millis(), cause.error);
         self.phase = Phase::Waiting(Instant::now() + self.wait);
-        self.shared.enter(State::Starting, Some(self.reason.clone()));
+        self.shared.enter(State::Starting, Some(cause.error.message().to_owned()));
+        self.last_cause = Some(cause.error);
     }
 
     fn explain(&self, ended: &str) -> causes::Cause {
@@ -710,15 +728,21 @@ impl Supervisor {
 
     fn stop(&mut self, options: StopOptions, reply: Sender<Answer>) {
         {
-            let mut ours = lock(&self.shared.mounting);
-            if self.shared.still_mounted(&mut ours) {
+            // Never waited for: whoever holds it may wait for I/O, and I/O may wait for us.
+            let Ok(_mounting) = self.shared.mounting.try_lock() else {
+                let e = Error::new(Kind::Busy, "the volume's FUSE file is being mounted or unmounted")
+                    .hint("run the same command again");
+                let _ = reply.send(Answer::Error((&e).into()));
+                return;
+            };
+            if self.shared.fuse_mounted() {
                 if !options.even_if_mounted {
                     let e = Error::new(Kind::Busy, "the volume's FUSE file is still mounted")
                         .hint("detach the volume: zerofsctl detach VOLUME");
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }
-                if let Err(e) = self.shared.unmount(&mut ours, options.force) {
+                if let Err(e) = self.shared.unmount(options.force) {
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }

@@ -127,7 +127,7 @@ pub(super) fn takedown(prepared: &[Task]) -> Vec<Task> {
 /// Attaches; a second time it is `already`, and at another target it is a second mount.
 pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<RunReport> {
     let plan = spec.plan();
-    let mut journal = Journal::open(run_dir, &spec.volume)?;
+    let mut journal = open(engine, run_dir, &spec.volume)?;
     let result = (|| {
         engine.settle(&mut journal, Some(&plan))?;
         // A resumed run takes care of itself; the probes of its steps find a dead device.

@@ -53,7 +53,7 @@ pub fn detach(
     scope: &Scope,
     stop: StopOptions,
 ) -> Result<Option<RunReport>> {
-    let mut journal = Journal::open(run_dir, volume)?;
+    let mut journal = open(engine, run_dir, volume)?;
     let wanted = Plan { operation: Operation::Detach, volume: volume.clone(), tasks: vec![] };
     let result = (|| {
         // An earlier detach of everything that was cut short, wanted again: this one's own stop options

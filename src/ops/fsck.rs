@@ -59,7 +59,7 @@ fn require_detached(standing: &Standing, volume: &VolumeId) -> Result<()> {
 /// Checks a volume that is not attached.
 pub fn fsck(engine: &Engine<'_>, run_dir: &Path, spec: &FsckSpec) -> Result<RunReport> {
     let volume = &spec.attach.volume;
-    let mut journal = Journal::open(run_dir, volume)?;
+    let mut journal = open(engine, run_dir, volume)?;
     let result = (|| {
         engine.settle(&mut journal, None)?;
         require_detached(&journal.standing(), volume)?;

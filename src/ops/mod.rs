@@ -8,8 +8,9 @@ use std::path::Path;
 use crate::error::{Error, Kind, Result};
 use crate::host::KeeperView;
 use crate::journal::{Journal, Settlement, Standing, place};
-use crate::plan::{Facts, Operation, Plan, Task};
+use crate::plan::{Operation, Plan, Task};
 use crate::run::{Engine, RunReport};
+use crate::step::Facts;
 use crate::step::{self, Step, Transport};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
@@ -21,6 +22,24 @@ pub mod resize;
 
 pub use attach::AttachSpec;
 pub use detach::Scope;
+
+/// Opens the journal of a volume that is to be changed.
+///
+/// Refuses when the volume runs here from another store than the one that the host looks into, as with another state
+/// folder beside the same run folder: what is found here would then be taken for something that it is not.
+fn open(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result<Journal> {
+    let journal = Journal::open(run_dir, volume)?;
+    let standing = journal.standing();
+    match (standing.claim.filter(|_| standing.start.is_some()), engine.host.store()) {
+        (Some(claim), Some(store)) if claim.storage_url != store => {
+            let message = format!("it is attached from {}, not {store}", claim.storage_url);
+            Err(Error::new(Kind::Conflict, message)
+                .on(volume)
+                .hint("give the --state-dir with which it was attached; else choose another --run-dir"))
+        }
+        _ => Ok(journal),
+    }
+}
 
 /// Takes down mounts and device whose keeper was killed: on FUSE they can only give errors any more.
 /// Returns the places that were mounted there.

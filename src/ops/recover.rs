@@ -14,42 +14,45 @@ pub struct Recovered {
 /// Settles one volume: an open run is finished or undone; a volume whose keeper was killed is taken down
 /// and, since it was wanted, attached again at the same places.
 pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result<Recovered> {
-    let mut journal = Journal::open(run_dir, volume)?;
-    let result = (|| {
-        let mut what = Vec::new();
-        // A resize needs a living volume: it is finished last.
-        let resize = journal.open_run().and_then(resize_to);
-        if resize.is_some() {
-            journal.end(crate::journal::End::Abandoned)?;
-        }
-        let name = journal.open_run().map(|r| r.plan.operation.name());
-        match (engine.settle(&mut journal, None)?, name) {
-            (Settlement::Finish, Some(name)) => what.push(format!("finished a {name} that was cut short")),
-            (Settlement::Unwind, Some(name)) => what.push(format!("undid a {name} that was cut short")),
-            _ => {}
-        }
-        let before = journal.standing();
-        let places = clear_wreck(engine, &mut journal, volume)?;
-        if !places.is_empty() {
-            what.push("took down the device of a keeper that is gone".into());
-        }
-        let again = matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
-        if let (true, Some(claim), Some(connect)) = (again, before.claim.clone(), before.connect.clone()) {
-            let plan = again_plan(volume, &before, claim, connect);
-            let facts = journal.standing().facts.carried();
-            engine.run(&mut journal, plan, facts)?;
-            what.push("attached it again".into());
-        }
-        if let (Some(size), true) = (resize, journal.standing().connect.is_some()) {
-            let standing = journal.standing();
-            let plan = super::resize::plan(volume, &standing, size)?;
-            engine.run(&mut journal, plan, standing.facts)?;
-            what.push("finished a resize that was cut short".into());
-        }
-        Ok(Recovered { what, attached: journal.standing().connect.is_some() })
-    })();
+    let mut journal = open(engine, run_dir, volume)?;
+    let result = settle_all(engine, &mut journal, volume);
     journal.close()?;
     result
+}
+
+/// The same, under a lock that is held already.
+pub(super) fn settle_all(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<Recovered> {
+    let mut what = Vec::new();
+    // A resize needs a living volume: it is finished last.
+    let resize = journal.open_run().and_then(resize_to);
+    if resize.is_some() {
+        journal.end(crate::journal::End::Abandoned)?;
+    }
+    let name = journal.open_run().map(|r| r.plan.operation.name());
+    match (engine.settle(journal, None)?, name) {
+        (Settlement::Finish, Some(name)) => what.push(format!("finished a {name} that was cut short")),
+        (Settlement::Unwind, Some(name)) => what.push(format!("undid a {name} that was cut short")),
+        _ => {}
+    }
+    let before = journal.standing();
+    let places = clear_wreck(engine, journal, volume)?;
+    if !places.is_empty() {
+        what.push("took down the device of a keeper that is gone".into());
+    }
+    let again = matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
+    if let (true, Some(claim), Some(connect)) = (again, before.claim.clone(), before.connect.clone()) {
+        let plan = again_plan(volume, &before, claim, connect);
+        let facts = journal.standing().facts.carried();
+        engine.run(journal, plan, facts)?;
+        what.push("attached it again".into());
+    }
+    if let (Some(size), true) = (resize, journal.standing().connect.is_some()) {
+        let standing = journal.standing();
+        let plan = super::resize::plan(volume, &standing, size)?;
+        engine.run(journal, plan, standing.facts)?;
+        what.push("finished a resize that was cut short".into());
+    }
+    Ok(Recovered { what, attached: journal.standing().connect.is_some() })
 }
 
 /// The size that an open resize was after.

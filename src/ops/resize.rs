@@ -66,9 +66,14 @@ fn check(host: &dyn Observe, standing: &Standing) -> Result<()> {
 /// Grows a volume. The spec says how to reach it when it is not attached.
 pub fn resize(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec, size: ByteSize) -> Result<RunReport> {
     let volume = &spec.volume;
-    let mut journal = Journal::open(run_dir, volume)?;
+    let mut journal = open(engine, run_dir, volume)?;
     let result = (|| {
         let detached = detached_plan(spec, size);
+        // On a device whose keeper was killed nothing can grow: it is brought back first.
+        let gone = matches!(engine.host.keeper(volume).map_err(|e| e.on(volume))?, KeeperView::Dead { .. });
+        if gone && journal.standing().connect.is_some() {
+            super::recover::settle_all(engine, &mut journal, volume)?;
+        }
         // What was cut short is settled first; then this one sees what stands.
         let open = journal.open_run().map(|r| r.plan.operation);
         if open.is_some_and(|o| o != Operation::Resize)

@@ -7,9 +7,9 @@ use serde_json::json;
 
 use super::Report;
 use crate::catalog::VolumeRecord;
+use crate::host::Device;
 use crate::journal::{Outcome, Run, TaskState};
 use crate::keeper::control::Status;
-use crate::plan::Device;
 use crate::values::{ByteSize, FsType, VolumeId};
 
 /// One volume, as found.

@@ -2,10 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Act;
+use super::{Act, Direction, Facts};
 use crate::error::{Error, Kind, Result};
 use crate::host::{ClaimRequest, Claimed, Content, Host, Observe};
-use crate::plan::{Direction, Facts};
 use crate::values::{ByteSize, FsType, VolumeId};
 
 /// See the module.

@@ -5,10 +5,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, Direction, Facts, device_name};
 use crate::error::{Error, Kind, Result};
-use crate::host::{Host, KeeperView, Observe, users};
-use crate::plan::{Device, Direction, Facts};
+use crate::host::{Device, Host, KeeperView, Observe, users};
 use crate::values::VolumeId;
 
 /// How the block device is made.

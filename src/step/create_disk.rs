@@ -2,10 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Act;
+use super::{Act, Direction, Facts};
 use crate::error::{Error, Result};
 use crate::host::{Content, Host, KeeperView, Observe};
-use crate::plan::{Direction, Facts};
 use crate::values::VolumeId;
 
 /// See the module.

@@ -5,10 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, Direction, Facts, device_name};
 use crate::error::{Error, Kind, Result};
 use crate::host::{Content, Host, Observe, Signature};
-use crate::plan::{Direction, Facts};
 use crate::values::{FsType, VolumeId};
 
 /// See the module.

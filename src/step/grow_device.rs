@@ -2,10 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, Direction, Facts, device_name};
 use crate::error::{Error, Result};
 use crate::host::{Host, Observe};
-use crate::plan::{Direction, Facts};
 use crate::values::{ByteSize, VolumeId};
 
 /// See the module.

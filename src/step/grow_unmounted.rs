@@ -3,10 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, Direction, Facts, device_name};
 use crate::error::Result;
 use crate::host::{Host, Observe, Signature};
-use crate::plan::{Direction, Facts};
 use crate::values::{FsType, VolumeId};
 
 /// See the module.

@@ -2,10 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name};
+use super::{Act, Direction, Facts, device_name};
 use crate::error::Result;
 use crate::host::{Content, Host, Observe, TargetView};
-use crate::plan::{Direction, Facts};
 use crate::values::{TargetPath, VolumeId};
 
 /// See the module.

@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::host::{Host, Observe};
-use crate::plan::{Direction, Facts};
 use crate::values::VolumeId;
 
 mod check;
 mod claim;
 mod connect;
 mod create_disk;
+mod facts;
 mod format;
 mod grow_device;
 mod grow_disk;
@@ -34,6 +34,7 @@ pub use check::Check;
 pub use claim::Claim;
 pub use connect::{Connect, Transport};
 pub use create_disk::CreateDisk;
+pub use facts::{Direction, Facts};
 pub use format::Format;
 pub use grow_device::GrowDevice;
 pub use grow_disk::GrowDisk;

@@ -2,10 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Act, device_name, target};
+use super::{Act, Direction, Facts, device_name, target};
 use crate::error::{Error, Kind, Result};
 use crate::host::{Host, KeeperView, Observe, TargetView};
-use crate::plan::{Direction, Facts};
 use crate::values::{TargetPath, VolumeId};
 
 /// See the module.

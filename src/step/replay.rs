@@ -3,10 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Act;
+use super::{Act, Direction, Facts};
 use crate::error::Result;
 use crate::host::{Host, KeeperView, Observe};
-use crate::plan::{Direction, Facts};
 use crate::values::VolumeId;
 
 /// See the module.

@@ -2,10 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Act;
+use super::{Act, Direction, Facts};
 use crate::error::{Error, Result};
 use crate::host::{Host, KeeperOptions, KeeperView, Observe, StopOptions};
-use crate::plan::{Direction, Facts};
 use crate::values::VolumeId;
 
 /// See the module.
@@ -57,7 +56,9 @@ impl Act for Start {
     }
 
     fn is_undone(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Observe) -> Result<bool> {
-        Ok(host.keeper(volume)? == KeeperView::Dead { orphan: false, left_behind: 0 })
+        // A keeper that was killed could not tidy up after itself.
+        let gone = host.keeper(volume)? == KeeperView::Dead { orphan: false, left_behind: 0 };
+        Ok(gone && !host.keeper_files(volume)?)
     }
 
     fn undo(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Host) -> Result<()> {

@@ -2,10 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Act;
+use super::{Act, Direction, Facts};
 use crate::error::Result;
 use crate::host::{Host, Observe};
-use crate::plan::{Direction, Facts};
 use crate::values::VolumeId;
 
 /// See the module. The config holds secrets, so it is in no plan: the host renders it.
