@@ -498,7 +498,7 @@ impl World {
         if let Some((id, open)) = self.probes.pop_front() {
             let open = open.filter(|_| !blind);
             let mut out = Vec::new();
-            self.guard.probed(self.now, id, open, &mut out);
+            self.guard.probed(self.now, id, open, None, &mut out);
             self.act(out);
         }
     }

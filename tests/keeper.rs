@@ -233,6 +233,36 @@ fn a_second_server_on_the_volume_fences_the_first_which_is_not_started_again() {
 }
 
 #[test]
+fn a_zerofs_that_died_is_not_started_again_once_the_catalog_names_a_new_owner() {
+    let v = Volume::new();
+    let zerofs = ready(&v.config).zerofs.unwrap();
+    v.taken_over();
+    signal(zerofs.pid, Signal::SIGKILL);
+    wait_until("it is fenced", LONG, || client(&v.config).status().unwrap().state == State::Fenced);
+    let status = client(&v.config).status().unwrap();
+    assert_eq!((status.zerofs, status.restarts), (None, 0));
+    assert!(status.reason.unwrap().contains("taken over"));
+    stop(&v.config);
+}
+
+#[test]
+fn a_zerofs_that_died_waits_while_nobody_can_tell_whose_the_volume_is() {
+    let v = Volume::new();
+    let zerofs = ready(&v.config).zerofs.unwrap();
+    let (folder, away) = (v.dir.join("store/.zerofsctl"), v.dir.join("away"));
+    fs::rename(&folder, &away).unwrap();
+    signal(zerofs.pid, Signal::SIGKILL);
+    wait_until("it says so", LONG, || {
+        let reason = client(&v.config).status().unwrap().reason;
+        reason.is_some_and(|r| r.contains("cannot tell whether the volume is still ours"))
+    });
+    assert_eq!(client(&v.config).status().unwrap().zerofs, None);
+    fs::rename(&away, &folder).unwrap();
+    wait_until("it is back", LONG, || client(&v.config).status().unwrap().state == State::Ready);
+    stop(&v.config);
+}
+
+#[test]
 fn a_fatal_line_in_the_log_means_kill_and_restart() {
     let v = Volume::new();
     let mut before = ready(&v.config);

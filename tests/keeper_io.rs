@@ -129,8 +129,9 @@ fn killing(direct: bool, fsync: bool) {
     for round in 0..support::rounds(1) {
         let (report, kills) = kill_while(&v, load(&dir, &format!("load{round}"), direct, fsync, 12));
         report.assert_clean();
-        assert!(kills >= 5, "{kills} kills");
-        assert!(report.writes.ios > 100, "{report:?}");
+        // Few on a busy machine, where most of the time goes into starting it again.
+        assert!(kills >= 3, "{kills} kills");
+        assert!(report.writes.ios > 20, "{report:?}");
         fs::remove_file(dir.join(format!("load{round}.data"))).unwrap();
     }
     let stats = disk.detach();

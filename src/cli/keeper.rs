@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -15,7 +16,7 @@ pub struct KeeperArgs {
 }
 
 pub fn run(args: &KeeperArgs) -> u8 {
-    let hooks = Hooks { before_restart: Some(Box::new(still_ours)) };
+    let hooks = Hooks { before_restart: Some(Arc::new(still_ours)) };
     let code = keeper::main(&args.volume_run_dir, hooks);
     u8::from(code != std::process::ExitCode::SUCCESS)
 }

@@ -50,6 +50,11 @@ pub fn mount_point(mountinfo: &str) -> Option<PathBuf> {
     })
 }
 
+fn root() -> Result<Option<PathBuf>> {
+    let path = "/proc/self/mountinfo";
+    Ok(mount_point(&fs::read_to_string(path).doing("read", path)?))
+}
+
 impl Cgroup {
     /// Makes the group `zerofsctl/<name>` below the cgroup2 mount point and sets its limits; a group of that name
     /// that was left behind is used again.
@@ -62,6 +67,12 @@ impl Cgroup {
                 .hint("mount one: mount -t cgroup2 none /sys/fs/cgroup/unified; or attach without limits")
         })?;
         Self::create_below(&root, name, limits)
+    }
+
+    /// The group of that name, if it was made before and is still there.
+    pub fn find(name: &str) -> Option<Cgroup> {
+        let path = root().ok()??.join(PARENT).join(name);
+        path.is_dir().then_some(Cgroup { path })
     }
 
     fn create_below(root: &Path, name: &str, limits: Limits) -> Result<(Cgroup, Vec<String>)> {
@@ -174,11 +185,12 @@ mod tests {
         }
         .start()
         .unwrap();
+        assert!(Cgroup::find(&name).is_some());
         let inside = fs::read_to_string(format!("/proc/{}/cgroup", p.identity().pid)).unwrap();
         p.kill(Duration::from_secs(5)).unwrap().expect("sleep dies");
         assert!(inside.contains(&format!("zerofsctl/{name}")), "{inside}");
         assert_eq!(group.oom_kills(), 0);
         group.remove().unwrap();
-        assert!(!group.path.exists());
+        assert!(Cgroup::find(&name).is_none());
     }
 }

@@ -864,17 +864,35 @@ impl Host for LinuxHost {
                 self.replay(volume)?;
             }
         }
-        let mut client = self.client(volume)?;
-        let wanted = control::StopOptions {
-            timeout_seconds: options.timeout.as_secs_f64(),
-            force: options.force,
-            even_if_mounted: false,
+        let stop = |force| {
+            let wanted = control::StopOptions {
+                timeout_seconds: options.timeout.as_secs_f64(),
+                force,
+                even_if_mounted: false,
+            };
+            self.client(volume)?.stop(wanted, &mut |p| {
+                (self.progress)(&p.stage, p.elapsed_seconds as u64, Some(options.timeout.as_secs()));
+            })
         };
-        let stopped = client.stop(wanted, &mut |p| {
-            (self.progress)(&p.stage, p.elapsed_seconds as u64, Some(options.timeout.as_secs()));
-        })?;
+        let stopped = match stop(false) {
+            // Force is the last resort, not the first.
+            Err(e) if options.force && matches!(e.kind(), Kind::Interrupted | Kind::Unreachable) => {
+                tracing::warn!(%volume, "{}: ZeroFS is killed now, as --force says", e.message());
+                stop(true)?
+            }
+            other => other?,
+        };
         for warning in &stopped.warnings {
             tracing::warn!(%volume, "{warning}");
+        }
+        if stopped.kept_entries > 0 {
+            tracing::warn!(
+                %volume,
+                "{} acknowledged writes ({}) had not been flushed; they wait in this node's replay log for the next \
+                 attach here, and an attach on another node loses them",
+                stopped.kept_entries,
+                ByteSize(stopped.kept_bytes)
+            );
         }
         self.clean_run_folder(volume)
     }

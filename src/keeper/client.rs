@@ -114,9 +114,10 @@ impl KeeperClient {
         let keeper = self.ping()?;
         let held = Process::open(&keeper)?;
         self.send(&Request::Stop(options))?;
-        // A line comes about every second, so the time limit is for one line, not for all.
+        // A line comes about every second, so the time limit is for one line, not for all. The last one may take
+        // as long as the kernel needs to end a killed process.
         let stopped = loop {
-            match self.receive(self.limit.max(Duration::from_secs(5)))? {
+            match self.receive(self.limit.max(Duration::from_secs(30)))? {
                 Answer::Progress(p) => progress(&p),
                 Answer::Stopped(stopped) => break stopped,
                 Answer::Error(e) => return Err(e.into()),

@@ -17,8 +17,9 @@
 //!    is lost, and the error was its dying word. A flush error is never passed on at all: the log
 //!    still has everything, so the server is retried, then replaced.
 //! 5. A reply with zeros where a whole chunk's part was asked for is delivered only after a probe that
-//!    *started after it arrived* says that the database is open (for servers that answer zeros once closed). The
-//!    OK of a flush is treated alike.
+//!    *started after it arrived* says that the database is open (for servers that answer zeros once closed), and
+//!    that the server has told of no trouble with its store since the request was sent; else the read is
+//!    repeated. The OK of a flush waits for such a probe too.
 //! 6. Force unit access is a write and a flush: one path for durability, and one place where a lie is found.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -48,6 +49,8 @@ const RETRIES: u32 = 5;
 const BLIND_PROBES: u32 = 3;
 /// After that long without a mutation, what is in the log is flushed, and then its memory is given back.
 const IDLE: Duration = Duration::from_secs(5);
+/// Before a read is asked again that gave zeros while the server had trouble with its store.
+const TROUBLE_PAUSE: Duration = Duration::from_millis(250);
 
 const EIO: i32 = libc::EIO;
 
@@ -238,6 +241,8 @@ struct Pending<T> {
     seq: Option<u64>,
     started: bool,
     born: Now,
+    /// When it was sent last, once started.
+    sent: Now,
     serial: u64,
     retries: u32,
 }
@@ -497,6 +502,7 @@ impl<T> Guard<T> {
             seq: None,
             started: false,
             born: now,
+            sent: now,
             serial: self.serial,
             retries: 0,
         };
@@ -569,8 +575,16 @@ impl<T> Guard<T> {
         }
     }
 
-    /// The answer of a probe: whether the database is open; none when nobody could tell.
-    pub fn probed(&mut self, now: Now, id: u64, open: Option<bool>, out: &mut Actions<T>) {
+    /// The answer of a probe: whether the database is open, none when nobody could tell; and when the server
+    /// last told of trouble with its store, if that makes it answer with zeros.
+    pub fn probed(
+        &mut self,
+        now: Now,
+        id: u64,
+        open: Option<bool>,
+        troubled: Option<Now>,
+        out: &mut Actions<T>,
+    ) {
         if self.probe != Some(id) {
             return;
         }
@@ -597,6 +611,13 @@ impl<T> Guard<T> {
                 return;
             }
             match doubt.what {
+                Doubtful::Zeros(_)
+                    if let Who::Op(i) = doubt.who
+                        && troubled.is_some_and(|at| at >= self.op(i).sent) =>
+                {
+                    // As often as it takes: either the trouble ends, or the server does.
+                    self.again.push((now + TROUBLE_PAUSE, doubt.who));
+                }
                 Doubtful::Zeros(data) => {
                     if let Who::Op(i) = doubt.who
                         && let Some(token) = self.finish_op(i)
@@ -701,6 +722,7 @@ impl<T> Guard<T> {
             self.stats.retries += 1;
             match who {
                 Who::Op(i) => {
+                    self.op(i).sent = now;
                     let (seq, header) = self.op_header(i);
                     self.send(Who::Op(i), header, seq, out);
                 }
@@ -791,7 +813,8 @@ impl<T> Guard<T> {
         } else if !self.has_room() {
             return Start::NoConnection;
         }
-        self.op(i).started = true;
+        let op = self.op(i);
+        (op.started, op.sent) = (true, now);
         let (seq, header) = self.op_header(i);
         self.send(Who::Op(i), header, seq, out);
         Start::Started
@@ -1345,6 +1368,44 @@ fn is_zero(data: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keeper::log::{Identity, MIN_CAPACITY, Opened};
+
+    #[test]
+    fn zeros_during_trouble_with_the_store_are_asked_for_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity { volume: "v".parse().unwrap(), epoch: 1, boot: "b".into() };
+        let Opened::Log(log) = ReplayLog::open(dir.path(), &identity, MIN_CAPACITY).unwrap() else {
+            panic!("a new log is not foreign")
+        };
+        let settings = Settings { epoch: 1, io_timeout: None, zeros_when_closed: true, replay_log: true };
+        let mut guard: Guard<u8> = Guard::new(settings, log);
+        let at = Duration::from_millis;
+        let (mut out, target) = (Vec::new(), Target { size: 1 << 20, flags: TransmissionFlags::new(1) });
+        guard.up(at(0), &[1], target, &mut out);
+        out.clear();
+        let cookie = |out: &Actions<u8>| match &out[..] {
+            [Action::Send { header, .. }] => header.cookie,
+            other => panic!("{other:?}"),
+        };
+        guard.submit(at(10), Op::Read { offset: 0, len: 4096 }, 7, &mut out);
+        let first = cookie(&out);
+        out.clear();
+        assert_eq!(guard.reply(at(20), 1, first, 0, &[0; 4096], &mut out), None);
+        assert_eq!(out, [Action::Probe { id: 1 }]);
+        out.clear();
+        // The trouble began after the request and before the reply: these zeros may be a failed read.
+        guard.probed(at(30), 1, Some(true), Some(at(15)), &mut out);
+        assert_eq!(out, []);
+        let again = guard.deadline().unwrap();
+        guard.tick(again, &mut out);
+        let second = cookie(&out);
+        out.clear();
+        guard.reply(again + at(5), 1, second, 0, &[0; 4096], &mut out);
+        out.clear();
+        // Nothing new since it was asked again: the device really holds zeros.
+        guard.probed(again + at(9), 2, Some(true), Some(at(15)), &mut out);
+        assert_eq!(out, [Action::Done { token: 7, result: Ok(vec![0; 4096]) }]);
+    }
 
     #[test]
     fn zero_chunks_are_found_in_any_part_of_a_reply() {

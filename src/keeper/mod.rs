@@ -146,13 +146,16 @@ impl KeeperConfig {
 #[derive(Default)]
 pub struct Hooks {
     /// Asked before ZeroFS is started again: is the volume still ours? A [`Kind::Conflict`] says that it has a new
-    /// owner, and ZeroFS is not started; any other error puts the start off, since in doubt it is not ours. It blocks the keeper, so it must answer
-    /// or give up within a few seconds.
+    /// owner, and ZeroFS is not started; any other error puts the start off, since in doubt it is not ours. It
+    /// runs on a thread of its own, and I/O waits for it, so it should answer or give up within seconds.
     pub before_restart: Option<OwnerCheck>,
 }
 
 /// See [`Hooks::before_restart`].
-pub type OwnerCheck = Box<dyn Fn(&KeeperConfig) -> Result<()> + Send>;
+pub type OwnerCheck = Arc<dyn Fn(&KeeperConfig) -> Result<()> + Send + Sync>;
+
+/// The name of that thread.
+pub(crate) const OWNER_THREAD: &str = "owner";
 
 /// A keeper that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -288,6 +291,7 @@ impl Keeper {
             ))
             .hint("settle what is left of the volume: zerofsctl recover"));
         }
+        adjust_resource_limits();
         // Before any thread is made, so that all of them have it.
         let notes = become_part_of_the_io_path();
         let signals = signals_to_wait_for();
@@ -393,10 +397,14 @@ fn data_path_config(config: &KeeperConfig, profile: &Profile) -> DataPathConfig 
 
 /// The control group of ZeroFS, and what of its limits is not in force.
 fn limit(config: &KeeperConfig) -> Result<(Option<Cgroup>, Vec<String>)> {
+    // Volumes of two run folders may have the same name.
+    let folder = std::fs::metadata(&config.run_dir).doing("look at", &config.run_dir)?.ino();
+    let name = format!("{}-{folder:x}", config.volume);
     if config.limits.is_none() {
-        return Ok((None, Vec::new()));
+        // One that a killed keeper made, and that its ZeroFS may still be in: removed in the end.
+        return Ok((Cgroup::find(&name), Vec::new()));
     }
-    match Cgroup::create(config.volume.as_str(), config.limits) {
+    match Cgroup::create(&name, config.limits) {
         Ok((group, problems)) if config.limits_required && !problems.is_empty() => {
             group.remove()?;
             Err(Error::environment(problems.join("; ")).hint("attach without limits"))
@@ -448,6 +456,16 @@ fn become_part_of_the_io_path() -> Vec<String> {
     notes
 }
 
+/// For us and for ZeroFS, which inherits them: all the descriptors that we may have (a store of many objects
+/// opens many), and no core dumps, which would hold the password and the data.
+fn adjust_resource_limits() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+}
+
 /// A thread of the data path or the supervisor that is gone would leave the device hanging for ever, and
 /// nobody would know why. An end of the whole process is noticed, and what was acknowledged is in the log.
 fn end_on_panic() {
@@ -455,7 +473,8 @@ fn end_on_panic() {
     std::panic::set_hook(Box::new(move |panic| {
         usual(panic);
         error!("{panic}");
-        if std::thread::current().name() != Some(control::CLIENT_THREAD) {
+        let spared = [Some(control::CLIENT_THREAD), Some(OWNER_THREAD)];
+        if !spared.contains(&std::thread::current().name()) {
             std::process::abort();
         }
     }));

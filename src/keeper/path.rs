@@ -79,6 +79,11 @@ pub trait Prober: Send + Sync {
     fn database_open(&self) -> Result<bool>;
     /// Whether the server has *not* admitted, since `since`, that a flush was not durable.
     fn flush_was_honest(&self, since: Instant) -> bool;
+    /// When the server last told of trouble with its object store; always none for a server whose reads then fail
+    /// instead of giving zeros.
+    fn store_trouble(&self) -> Option<Instant> {
+        None
+    }
 }
 
 /// What the data path tells its owner.
@@ -1059,8 +1064,9 @@ fn run_jobs(shared: &Shared, prober: &dyn Prober, todo: &mpsc::Receiver<Job>) {
             Job::Stop => return,
             Job::Probe(id) => {
                 let open = prober.database_open().ok();
+                let troubled = prober.store_trouble().map(|at| at.saturating_duration_since(shared.start));
                 if let Some(guard) = shared.state().guard.as_mut() {
-                    guard.probed(shared.now(), id, open, &mut out);
+                    guard.probed(shared.now(), id, open, troubled, &mut out);
                 }
             }
             Job::CheckFlush(id, since) => {

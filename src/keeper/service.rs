@@ -3,7 +3,7 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -31,8 +31,10 @@ pub(crate) struct Shared {
     pub(super) events: Sender<Event>,
     pub(super) board: Mutex<Board>,
     changed: Condvar,
-    /// Whether this keeper has mounted the FUSE file. Held while it mounts or unmounts, and while a stop looks.
-    pub(super) mounting: Mutex<bool>,
+    /// Held while the FUSE file is mounted or unmounted, and while a stop looks whether it is.
+    pub(super) mounting: Mutex<()>,
+    /// Whether this keeper has mounted it.
+    mounted: AtomicBool,
     pub(super) restarts: AtomicU64,
     /// Clients of `stop` that have not been sent their last line.
     stop_clients: AtomicU64,
@@ -71,7 +73,8 @@ impl Shared {
                 stopping: false,
             }),
             changed: Condvar::new(),
-            mounting: Mutex::new(false),
+            mounting: Mutex::new(()),
+            mounted: AtomicBool::new(false),
             restarts: AtomicU64::new(0),
             stop_clients: AtomicU64::new(0),
         }
@@ -115,29 +118,24 @@ impl Shared {
     }
 
     /// Whether we mounted it and nobody has unmounted it since.
-    pub(super) fn still_mounted(&self, ours: &mut bool) -> bool {
-        *ours = *ours && is_mount_point(&self.fuse_dir());
-        *ours
-    }
-
     pub(super) fn fuse_mounted(&self) -> bool {
-        self.still_mounted(&mut lock(&self.mounting))
+        self.mounted.load(Ordering::Relaxed) && is_mount_point(&self.fuse_dir())
     }
 
-    pub(super) fn unmount(&self, ours: &mut bool, force: bool) -> Result<()> {
+    /// The caller holds `mounting`.
+    pub(super) fn unmount(&self, force: bool) -> Result<()> {
         let dir = self.fuse_dir();
-        if self.still_mounted(ours) {
+        if self.fuse_mounted() {
             match self.data.unmount_fuse() {
-                Ok(()) => *ours = false,
                 Err(e) if force => warn!("{e}; detaching it"),
-                Err(e) => return Err(e),
+                result => result?,
             }
         }
         // Ours, detached from its users by force; or one of a keeper that was killed, which answers nobody.
         if is_mount_point(&dir) {
             nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH).doing("unmount", &dir)?;
         }
-        *ours = false;
+        self.mounted.store(false, Ordering::Relaxed);
         Ok(())
     }
 
@@ -196,20 +194,20 @@ impl Shared {
 
     fn mount(&self) -> Result<()> {
         self.raise()?;
-        let mut ours = lock(&self.mounting);
+        let _mounting = lock(&self.mounting);
         if lock(&self.board).stopping {
             return Err(stopping_error());
         }
-        if self.still_mounted(&mut ours) {
+        if self.fuse_mounted() {
             return Ok(());
         }
         // One that a killed keeper left behind, or that somebody unmounted behind our back.
-        self.unmount(&mut ours, true)?;
+        self.unmount(true)?;
         self.data.unmount_fuse()?;
         let dir = self.fuse_dir();
         std::fs::create_dir_all(&dir).doing("make", &dir)?;
         self.data.mount_fuse(&dir)?;
-        *ours = true;
+        self.mounted.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -231,7 +229,10 @@ impl Handler for Shared {
                 self.wait_ready(limit).map(|s| Answer::Status(Box::new(s)))
             }
             Request::Connect => self.mount().map(|()| Answer::Done),
-            Request::Disconnect => self.unmount(&mut lock(&self.mounting), false).map(|()| Answer::Done),
+            Request::Disconnect => {
+                let _mounting = lock(&self.mounting);
+                self.unmount(false).map(|()| Answer::Done)
+            }
             Request::Flush => self.data.flush().map(|()| Answer::Done),
             Request::Resize => self.data.resize().map(|bytes| Answer::Size { bytes }),
             Request::Replay => self.raise().map(Answer::Replayed),

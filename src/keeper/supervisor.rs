@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,10 +30,10 @@ use super::process::{Exit, Identity, Launch, MARKER, Process, find_marked, passe
 use super::ready::wait_until_it_answers;
 use super::service::{FUSE_DIR, Shared, fenced_error, stopping_error};
 use super::watchdog::{Alarm, Finding, Watch};
-use super::{Hooks, causes, lock, thread};
+use super::{Hooks, OWNER_THREAD, causes, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::Cgroup;
-use crate::zerofs::versions::{Profile, Sign};
+use crate::zerofs::versions::{Profile, READ_ERRORS_ARE_ZEROS, Sign};
 
 /// The sockets of ZeroFS in the run folder: 9P, NBD, RPC.
 pub(crate) const SOCKETS: [&str; 3] = ["9p.sock", "nbd.sock", "rpc.sock"];
@@ -46,8 +47,9 @@ const REPLAY_LOG: &str = "replay.log";
 /// How long a killed process may take to disappear before that is worth a word.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// A server that was ready for less than that did not recover: the next wait is longer.
-const SETTLED: Duration = Duration::from_millis(500);
+/// A server that was ready for less than that did not recover: the next wait is longer. Short, since it is ready
+/// only once it has carried out a replay and a flush.
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// The longest wait between two starts.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -57,9 +59,6 @@ const SILENCE: Duration = Duration::from_secs(8);
 
 /// A keeper whose ZeroFS never started ends by itself after that long: nobody came for the error.
 const FAILED_LINGER: Duration = Duration::from_secs(120);
-
-/// The fault of versions that answer with zeros when the storage fails a read.
-const READ_ERRORS_ARE_ZEROS: &str = "read-errors-are-zeros";
 
 /// What the record file says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -72,6 +71,8 @@ pub(crate) struct Record {
 
 /// What happens to the supervisor.
 pub(crate) enum Event {
+    /// Whether the volume is still ours, or who has it.
+    Owner(Result<()>),
     /// The process of this generation has ended.
     Exited(u64, Exit),
     /// The server of this generation answers on both sockets.
@@ -96,6 +97,8 @@ pub(crate) enum Event {
 enum Phase {
     /// No process; the next start is at that time.
     Waiting(Instant),
+    /// No process; whether the volume is still ours is being asked.
+    Asking,
     /// A process, which does not answer yet.
     Starting(Instant),
     /// It answers; the data path is being connected.
@@ -144,8 +147,12 @@ pub(crate) struct Supervisor {
     raising: VecDeque<Sender<Result<Replayed>>>,
     raise_attempts: u32,
     stopping: Option<Stopping>,
-    /// Why ZeroFS was killed, or how it ended.
+    /// Why the last try to start it failed, while it is still being tried.
+    last_cause: Option<Error>,
+    /// How ZeroFS ended, as what follows its name in a sentence.
     reason: String,
+    /// Whether its log may tell the cause of that end.
+    explained_by_log: bool,
 }
 
 impl Supervisor {
@@ -177,7 +184,9 @@ impl Supervisor {
             raising: VecDeque::new(),
             raise_attempts: 0,
             stopping: None,
+            last_cause: None,
             reason: String::new(),
+            explained_by_log: false,
         }
     }
 
@@ -213,7 +222,7 @@ impl Supervisor {
     fn next_deadline(&self) -> Option<Instant> {
         let phase = match self.phase {
             Phase::Waiting(until) => Some(until),
-            Phase::Starting(since) if !self.ever_ready => Some(since + self.start_limit()),
+            Phase::Starting(_) if !self.ever_ready => Some(self.begun + self.start_limit()),
             Phase::Failed(since) => Some(since + FAILED_LINGER),
             _ => None,
         };
@@ -229,16 +238,8 @@ impl Supervisor {
         let now = Instant::now();
         match self.phase {
             Phase::Waiting(until) if now >= until => self.launch(),
-            Phase::Starting(since) if !self.ever_ready && now >= since + self.start_limit() => {
-                let limit = self.start_limit().as_secs();
-                let cause = self.explain(&format!("did not answer within {limit} s"));
-                let error = match cause.error.kind() {
-                    Kind::Failed => Error::new(Kind::Unreachable, cause.error.message())
-                        .hint("check that the storage answers; a store that hangs makes ZeroFS wait for it"),
-                    _ => cause.error,
-                };
-                self.failed(error);
-                self.kill();
+            Phase::Starting(_) if !self.ever_ready && now >= self.begun + self.start_limit() => {
+                self.start_took_too_long();
             }
             Phase::Failed(since) if now >= since + FAILED_LINGER && !self.attached => {
                 info!("nobody came for the failed start: ending");
@@ -251,10 +252,26 @@ impl Supervisor {
         }
     }
 
+    fn start_took_too_long(&mut self) {
+        let limit = self.start_limit().as_secs();
+        // An earlier try that came to its end knows more than one that is still at it.
+        let error = self.last_cause.take().unwrap_or_else(|| {
+            let cause = self.explain(&format!("did not answer within {limit} s")).error;
+            match cause.kind() {
+                Kind::Failed => Error::new(Kind::Unreachable, cause.message())
+                    .hint("check that the storage answers; a store that hangs makes ZeroFS wait for it"),
+                _ => cause,
+            }
+        });
+        self.failed(error);
+        self.kill();
+    }
+
     // --- events -----------------------------------------------------------------------------------------
 
     fn handle(&mut self, event: Event) {
         match event {
+            Event::Owner(answer) if self.phase == Phase::Asking => self.owner(answer),
             Event::Exited(generation, exit) if generation == self.generation => self.exited(exit),
             Event::Answering(generation) if generation == self.generation => self.answering(),
             Event::Up(generation, result) => self.up(generation, result),
@@ -268,7 +285,7 @@ impl Supervisor {
             Event::Stop(options, reply) => self.stop(options, reply),
             Event::Flushed(result) => self.flushed(result),
             Event::Terminate => self.terminate_signal(),
-            Event::Exited(..) | Event::Answering(_) => {}
+            Event::Exited(..) | Event::Answering(_) | Event::Owner(_) => {}
         }
     }
 
@@ -300,7 +317,9 @@ impl Supervisor {
                 self.leave_ready();
                 self.shared.data.server_down();
                 if !matches!(phase, Phase::Condemned) {
-                    self.reason = format!("ZeroFS {exit}");
+                    self.reason = exit.to_string();
+                    // A kill from outside has nothing to do with what it said before.
+                    self.explained_by_log = !matches!(exit, Exit::Signal(_));
                 }
                 match fenced {
                     Some(line) if self.ever_ready => self.fence(&line),
@@ -342,17 +361,11 @@ impl Supervisor {
         }
         let serves = !matches!(self.phase, Phase::Starting(_));
         match alarm {
-            Alarm::Log(_, Finding { sign, line }) => match sign {
-                Sign::Fenced if self.ever_ready => self.fence(&line),
-                Sign::Fenced => self.condemn(&line),
-                Sign::Closed => self.condemn(&format!("its database is closed: {line}")),
-                Sign::FlushLied => self.condemn(&format!("it answered a flush that was not durable: {line}")),
-                // A read that runs out of retries would be answered with zeros.
-                Sign::StoreGivingUp if serves && self.profile.has_fault(READ_ERRORS_ARE_ZEROS) => {
-                    self.condemn(&format!("it is about to give up on its storage: {line}"));
-                }
-                Sign::StoreGivingUp | Sign::StoreTrouble => self.shared.trouble(line),
-            },
+            Alarm::Log(_, Finding { sign, line }) => {
+                // It is shown to people, and it was not we who wrote it.
+                let line = causes::redact(&line, &causes::secrets_of(&self.shared.config.config_path));
+                self.log_line(sign, line, serves);
+            }
             Alarm::Closed(_) => self.condemn("its database is closed"),
             Alarm::Silent(_, time) if time >= SILENCE && matches!(self.phase, Phase::Ready(_)) => {
                 let reason = format!("ZeroFS has not answered for {} s; it is left alone", time.as_secs());
@@ -366,6 +379,20 @@ impl Supervisor {
                     self.shared.enter(State::Ready, None);
                 }
             }
+        }
+    }
+
+    fn log_line(&mut self, sign: Sign, line: String, serves: bool) {
+        match sign {
+            Sign::Fenced if self.ever_ready => self.fence(&line),
+            Sign::Fenced => self.condemn(&line),
+            Sign::Closed => self.condemn(&format!("its database is closed: {line}")),
+            Sign::FlushLied => self.condemn(&format!("it answered a flush that was not durable: {line}")),
+            // A read that runs out of retries would be answered with zeros.
+            Sign::StoreGivingUp if serves && self.profile.has_fault(READ_ERRORS_ARE_ZEROS) => {
+                self.condemn(&format!("it is about to give up on its storage: {line}"));
+            }
+            Sign::StoreGivingUp | Sign::StoreTrouble => self.shared.trouble(line),
         }
     }
 
@@ -441,25 +468,47 @@ impl Supervisor {
     }
 
     fn launch(&mut self) {
+        match &self.hooks.before_restart {
+            Some(check) if self.ever_ready => {
+                let (check, config) = (check.clone(), self.shared.config.clone());
+                let events = self.shared.events.clone();
+                let asked = thread(OWNER_THREAD, move || {
+                    let answer = std::panic::catch_unwind(AssertUnwindSafe(|| check(&config)));
+                    let answer = answer.unwrap_or_else(|_| Err(Error::failed("the question panicked")));
+                    let _ = events.send(Event::Owner(answer));
+                });
+                match asked {
+                    Ok(_) => self.phase = Phase::Asking,
+                    Err(e) => self.owner(Err(Error::environment(format!("cannot start a thread: {e}")))),
+                }
+            }
+            _ => self.launch_now(),
+        }
+    }
+
+    fn owner(&mut self, answer: Result<()>) {
+        match answer {
+            Ok(()) => self.launch_now(),
+            Err(e) if e.kind() == Kind::Conflict => self.fence(e.message()),
+            Err(e) => {
+                // In doubt it is not started: it would fence whoever owns the volume by now.
+                self.reason = format!("is not started: cannot tell whether the volume is still ours: {e}");
+                self.explained_by_log = false;
+                self.restart();
+            }
+        }
+    }
+
+    fn launch_now(&mut self) {
         if let Err(e) = self.try_launch() {
             error!("{e}");
-            self.reason = e.to_string();
+            self.reason = format!("could not be started: {e}");
+            self.explained_by_log = false;
             if self.ever_ready { self.restart() } else { self.failed(e) }
         }
     }
 
     fn try_launch(&mut self) -> Result<()> {
-        if self.ever_ready
-            && let Some(check) = &self.hooks.before_restart
-            && let Err(e) = check(&self.shared.config)
-        {
-            if e.kind() == Kind::Conflict {
-                self.fence(e.message());
-                return Ok(());
-            }
-            // In doubt it is not started: it would fence whoever owns the volume by now.
-            return Err(e.context("cannot tell whether the volume is still ours"));
-        }
         self.generation += 1;
         if self.ever_ready {
             self.shared.restarts.fetch_add(1, Ordering::Relaxed);
@@ -533,13 +582,14 @@ impl Supervisor {
     /// This server must go. What happens next is decided when it is gone and its log is complete.
     fn condemn(&mut self, why: &str) {
         warn!("killing ZeroFS: {why}");
-        self.reason = why.to_owned();
+        self.reason = format!("was killed, since {why}");
+        self.explained_by_log = true;
         self.leave_ready();
         self.phase = Phase::Condemned;
         self.watch.probe_regularly(false);
         self.shared.data.server_down();
         if self.stopping.is_none() && self.ever_ready {
-            self.shared.enter(State::Stalled, Some(format!("ZeroFS is being replaced: {why}")));
+            self.shared.enter(State::Stalled, Some(format!("ZeroFS {}", self.reason)));
         }
         self.kill();
     }
@@ -556,11 +606,10 @@ impl Supervisor {
         if self.stopping.is_some() && nothing_to_save {
             return self.finish_clean();
         }
-        let cause = self.explain(&self.reason);
-        let reason = if cause.error.kind() == Kind::Failed {
-            self.reason.clone()
-        } else {
-            cause.error.message().to_owned()
+        let cause = self.explained_by_log.then(|| self.explain(&self.reason).error);
+        let reason = match cause.filter(|e| e.kind() != Kind::Failed) {
+            Some(e) => e.message().to_owned(),
+            None => format!("ZeroFS {}", self.reason),
         };
         warn!("ZeroFS is started again in {} ms: {reason}", self.wait.as_millis());
         self.phase = Phase::Waiting(Instant::now() + self.wait);
@@ -575,18 +624,14 @@ impl Supervisor {
         if self.stopping.is_some() {
             return self.finish_clean();
         }
-        if !cause.permanent && self.begun.elapsed() + self.wait < self.start_limit() {
-            self.reason = cause.error.message().to_owned();
-            return self.restart_unready();
+        if cause.permanent || self.begun.elapsed() + self.wait >= self.start_limit() {
+            return self.failed(cause.error);
         }
-        self.failed(cause.error);
-    }
-
-    fn restart_unready(&mut self) {
         self.wait = (self.wait * 2).clamp(Duration::from_millis(100), LONGEST_WAIT);
-        warn!("ZeroFS is started again in {} ms: {}", self.wait.as_millis(), self.reason);
+        warn!("ZeroFS is started again in {} ms: {}", self.wait.as_millis(), cause.error);
         self.phase = Phase::Waiting(Instant::now() + self.wait);
-        self.shared.enter(State::Starting, Some(self.reason.clone()));
+        self.shared.enter(State::Starting, Some(cause.error.message().to_owned()));
+        self.last_cause = Some(cause.error);
     }
 
     fn explain(&self, ended: &str) -> causes::Cause {
@@ -651,7 +696,7 @@ impl Supervisor {
                 }
             }
             // Done when the server answers.
-            Phase::Waiting(_) | Phase::Starting(_) | Phase::Raising | Phase::Condemned => {}
+            Phase::Waiting(_) | Phase::Asking | Phase::Starting(_) | Phase::Raising | Phase::Condemned => {}
         }
     }
 
@@ -711,15 +756,21 @@ impl Supervisor {
 
     fn stop(&mut self, options: StopOptions, reply: Sender<Answer>) {
         {
-            let mut ours = lock(&self.shared.mounting);
-            if self.shared.still_mounted(&mut ours) {
+            // Never waited for: whoever holds it may wait for I/O, and I/O may wait for us.
+            let Ok(_mounting) = self.shared.mounting.try_lock() else {
+                let e = Error::new(Kind::Busy, "the volume's FUSE file is being mounted or unmounted")
+                    .hint("run the same command again");
+                let _ = reply.send(Answer::Error((&e).into()));
+                return;
+            };
+            if self.shared.fuse_mounted() {
                 if !options.even_if_mounted {
                     let e = Error::new(Kind::Busy, "the volume's FUSE file is still mounted")
                         .hint("detach the volume: zerofsctl detach VOLUME");
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }
-                if let Err(e) = self.shared.unmount(&mut ours, options.force) {
+                if let Err(e) = self.shared.unmount(options.force) {
                     let _ = reply.send(Answer::Error((&e).into()));
                     return;
                 }
@@ -768,12 +819,12 @@ impl Supervisor {
             Phase::Ready(_) => self.terminate(),
             // Nothing was ever written through it.
             Phase::Starting(_) if !self.attached => self.terminate(),
-            Phase::Waiting(_) if !self.attached || self.owes_nothing() => self.finish_clean(),
+            Phase::Waiting(_) | Phase::Asking if !self.attached || self.owes_nothing() => self.finish_clean(),
             Phase::Starting(_) if self.owes_nothing() => self.terminate(),
             Phase::Fenced => self.finish_void(),
             Phase::Failed(_) => self.finish_clean(),
             // Its next start replays what it owes; then the stop goes on.
-            Phase::Starting(_) | Phase::Waiting(_) | Phase::Raising | Phase::Condemned => {}
+            Phase::Starting(_) | Phase::Waiting(_) | Phase::Asking | Phase::Raising | Phase::Condemned => {}
             Phase::Terminating | Phase::Gone => {}
         }
     }

@@ -20,7 +20,7 @@ use super::lock;
 use super::path::Prober;
 use crate::error::{Doing, Result};
 use crate::zerofs::ninep::{Ninep, database_open_within};
-use crate::zerofs::versions::{Profile, Sign};
+use crate::zerofs::versions::{Profile, READ_ERRORS_ARE_ZEROS, Sign};
 
 /// A ZeroFS log larger than that is rotated, in bytes.
 pub(crate) const LOG_LIMIT: u64 = 8 << 20;
@@ -212,6 +212,12 @@ impl Prober for Watch {
         self.drain();
         lock(&self.tail).last_lie.is_none_or(|lie| lie < since)
     }
+
+    fn store_trouble(&self) -> Option<Instant> {
+        self.drain();
+        let tail = lock(&self.tail);
+        tail.last_trouble.filter(|_| tail.profile.has_fault(READ_ERRORS_ARE_ZEROS))
+    }
 }
 
 /// The log file, and how far it has been read.
@@ -229,6 +235,7 @@ struct Tail {
     partial: Vec<u8>,
     fenced: Option<String>,
     last_lie: Option<Instant>,
+    last_trouble: Option<Instant>,
 }
 
 fn open_log(path: &Path) -> Result<File> {
@@ -251,6 +258,7 @@ impl Tail {
             partial: Vec::new(),
             fenced: None,
             last_lie: None,
+            last_trouble: None,
         })
     }
 
@@ -334,7 +342,8 @@ impl Tail {
         match sign {
             Sign::Fenced => drop(self.fenced.get_or_insert_with(|| line.clone())),
             Sign::FlushLied => self.last_lie = Some(Instant::now()),
-            Sign::Closed | Sign::StoreTrouble | Sign::StoreGivingUp => {}
+            Sign::StoreTrouble | Sign::StoreGivingUp => self.last_trouble = Some(Instant::now()),
+            Sign::Closed => {}
         }
         Some(Finding { sign, line })
     }
@@ -441,6 +450,19 @@ mod tests {
         log.write_all(b"2026-11-20T17:59:02.3Z  WARN a: won't flush imm to l0\n").unwrap();
         assert!(!watch.flush_was_honest(before));
         assert!(watch.flush_was_honest(Instant::now()));
+    }
+
+    #[test]
+    fn trouble_with_the_store_is_known_as_soon_as_it_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let (watch, mut log, _signs) = watch(dir.path());
+        assert_eq!(watch.store_trouble(), None);
+        let before = Instant::now();
+        log.write_all(
+            b"2026-11-20T17:59:02.3Z  INFO o: error, backing off for 0.1 seconds, retry 1 of 10: x\n",
+        )
+        .unwrap();
+        assert!(watch.store_trouble().is_some_and(|at| at >= before));
     }
 
     #[test]

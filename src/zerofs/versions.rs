@@ -230,6 +230,9 @@ pub struct Fault {
 
 const FLUSH_LIES: &str = "flush-lies";
 const CLOSED_READS_ZEROS: &str = "closed-reads-zeros";
+
+/// The fault of versions that answer with zeros when the storage fails a read.
+pub const READ_ERRORS_ARE_ZEROS: &str = "read-errors-are-zeros";
 const FILE_NEVER_FSYNCS: &str = "file-never-fsyncs";
 
 const fn fault(
@@ -261,7 +264,7 @@ const FAULTS: &[(Fault, Span)] = &[
         v(0, 19, 2),
     ),
     fault(
-        "read-errors-are-zeros",
+        READ_ERRORS_ARE_ZEROS,
         "a read that the store fails (retries used up, broken body, damaged object) counts as a missing chunk: zeros are returned, and a partial write stores them around itself, while the database stays open",
         Mitigation::RestartBeforeRetriesEnd,
         "the log's retry lines are watched; the process is killed before the retries end, nothing of it is flushed, and the replay log repeats the writes",
@@ -608,7 +611,7 @@ mod tests {
         let old = profile("0.19.1");
         assert!(old.zeros_when_closed && old.flush_lies && old.file_storage && old.whole_max_size);
         assert!(!old.needs_if_match && !old.reads_aws_environment && old.warning.is_none());
-        assert!(old.has_fault("read-errors-are-zeros"));
+        assert!(old.has_fault(READ_ERRORS_ARE_ZEROS));
         let new = profile("2.3.0");
         assert!(!new.zeros_when_closed && !new.flush_lies && !new.file_storage && !new.whole_max_size);
         assert!(new.needs_if_match && new.reads_aws_environment && new.warning.is_none());

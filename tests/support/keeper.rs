@@ -6,14 +6,20 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use zerofsctl::catalog::{self, StorageUrl, VolumeRecord, Written};
 use zerofsctl::error::Error;
+use zerofsctl::host::access;
 use zerofsctl::host::cgroup::Limits;
 use zerofsctl::keeper::client::KeeperClient;
 use zerofsctl::keeper::control::{Status, StopOptions, Stopped};
 use zerofsctl::keeper::process::boot_id;
 use zerofsctl::keeper::{KeeperConfig, Spawned, find_zerofs, spawn};
+use zerofsctl::password::Secret;
+use zerofsctl::settings::{AwsCredentials, S3Settings};
+use zerofsctl::values::ByteSize;
 use zerofsctl::zerofs::config::{self, Aws, ConfigInput, Lsm};
 use zerofsctl::zerofs::versions::{Profile, Version};
 
@@ -56,6 +62,12 @@ impl Volume {
             read_only: false,
         };
         change(&mut input);
+        // The keeper asks the catalog before it starts ZeroFS again.
+        let mut record = VolumeRecord::new("vol1".parse().unwrap(), ByteSize(SIZE), None, Timestamp::now());
+        record.epoch = 1;
+        let (url, s3) = access_of(&input);
+        let written = catalog::open(&url, &s3).unwrap().create(&record).unwrap();
+        assert!(matches!(written, Written::Done(_)));
         let config = config_in(&dir, "a", &input);
         Volume { dir, input, config }
     }
@@ -63,6 +75,15 @@ impl Volume {
     /// Another place (another node, so to say) for the same volume.
     pub fn elsewhere(&self) -> KeeperConfig {
         config_in(&self.dir, "b", &self.input)
+    }
+
+    /// Another node takes the volume over in the catalog.
+    pub fn taken_over(&self) {
+        let (url, s3) = access_of(&self.input);
+        let catalog = catalog::open(&url, &s3).unwrap();
+        let (mut record, tag) = catalog.get(&self.config.volume).unwrap().unwrap();
+        record.epoch += 1;
+        assert!(matches!(catalog.update(&record, &tag).unwrap(), Written::Done(_)));
     }
 
     /// Writes config.toml anew.
@@ -109,7 +130,27 @@ pub fn config_in(dir: &TestDir, node: &str, input: &ConfigInput) -> KeeperConfig
     let mut input = input.clone();
     input.cache_dir = path("cache");
     render(&config.config_path, &input);
+    let (url, s3) = access_of(&input);
+    access::save(&path("state"), &url, &s3).unwrap();
     config
+}
+
+/// How the store of a volume with this config is reached.
+fn access_of(input: &ConfigInput) -> (StorageUrl, S3Settings) {
+    let url = input.storage_url.strip_suffix("/vol1").unwrap().parse().unwrap();
+    let aws = &input.aws;
+    let credentials = aws.access_key_id.as_ref().zip(aws.secret_access_key.as_ref());
+    let s3 = S3Settings {
+        endpoint: aws.endpoint.clone(),
+        region: aws.region.clone(),
+        allow_http: aws.allow_http,
+        credentials: credentials.map(|(id, key)| AwsCredentials {
+            access_key_id: Secret::new(id.clone()),
+            secret_access_key: Secret::new(key.to_string()),
+            session_token: None,
+        }),
+    };
+    (url, s3)
 }
 
 pub fn render(path: &Path, input: &ConfigInput) {
