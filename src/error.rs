@@ -5,6 +5,7 @@
 //! metric label and whether a retry may help.
 
 use std::fmt;
+use std::io::ErrorKind;
 
 use serde::Serialize;
 
@@ -200,15 +201,16 @@ impl<T, E: Into<std::io::Error>> Doing<T> for std::result::Result<T, E> {
             let e: std::io::Error = e.into();
             let path = path.as_ref().display();
             let message = format!("cannot {what} {path}: {e}");
-            match e.raw_os_error() {
-                Some(libc::EACCES | libc::EPERM) => {
+            // By its kind, which errors of temporary files have too; their number is hidden.
+            match e.kind() {
+                ErrorKind::PermissionDenied => {
                     Error::environment(message).hint("run it as root, or with CAP_SYS_ADMIN")
                 }
-                Some(libc::ENOSPC | libc::EDQUOT) => Error::environment(message)
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Error::environment(message)
                     .hint(format!("free some room: df -h {path}; then run the same command again")),
-                Some(libc::EROFS) => Error::environment(message)
+                ErrorKind::ReadOnlyFilesystem => Error::environment(message)
                     .hint("choose a writable folder with --state-dir and --run-dir"),
-                Some(libc::ENAMETOOLONG) => Error::usage(message).hint("choose shorter folders"),
+                ErrorKind::InvalidFilename => Error::usage(message).hint("choose shorter folders"),
                 _ => Error::failed(message),
             }
         })

@@ -351,6 +351,7 @@ fn root_a_wrong_password_disturbs_nobody() {
     let other =
         ["--state-dir", "s2", "--run-dir", "r2", "attach", "vol1", "--target", "m2", "--storage-url", &store];
     wrong(&other);
+    assert!(!node.dir.join("s2/volumes/vol1").exists(), "nothing is kept of a volume that is not ours");
     let found = node.found("vol1");
     assert_eq!((&found["state"], &found["restarts"]), (&"attached".into(), &0.into()), "{found:#}");
     assert_eq!(found["fs"], "ext4", "what is known of the volume stays known: {found:#}");
@@ -380,8 +381,12 @@ fn root_a_full_disk_under_the_run_folder() {
     let bytes = pattern(3, 100_000);
     write_durably(&node.dir.join("m/data"), &bytes);
     disk.fill(0);
-    let answer = node.run(&["attach", "vol1", "--target", "m2"]);
-    answer.expect_error(ENVIRONMENT, &["No space left on device"]);
+    // The last block of the journal may have room for a few lines more.
+    let refused = (0..8)
+        .map(|n| node.run(&["attach", "vol1", "--target", &format!("m{n}")]))
+        .find(|a| a.code != Some(0));
+    let refused = refused.expect("there is no room for a longer journal");
+    refused.expect_error(ENVIRONMENT, &["No space left on device"]);
     write_durably(&node.dir.join("m/more"), &bytes);
     node.ok(&["detach", "vol1"]);
     disk.make_room();
@@ -466,7 +471,6 @@ fn root_wrong_settings_name_file_and_key() {
         ("- a\n- b", &["a list"]),
         (": : :", &["not valid YAML", "line 1"]),
         ("storageURL: a\nstorageURL: b", &["storageURL"]),
-        ("kind: Deployment\napiVersion: apps/v1", &["Deployment"]),
     ];
     for (text, words) in cases {
         fs::write(node.dir.join("c.yaml"), text).expect("a config");
@@ -493,7 +497,7 @@ fn root_a_command_while_another_one_works_is_busy() {
         node.run(words).expect_error(BUSY, &["vol1", "another command"]);
     }
     // To look is always possible.
-    assert_eq!(node.found("vol1")["state"], "attached");
+    assert_eq!(node.found("vol1")["state"], "busy");
     lock.unlock().expect("unlocked");
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("in the end");

@@ -283,7 +283,7 @@ fn root_detach_killed_at_every_step() {
 
 #[test]
 fn root_resize_of_a_detached_volume_killed_at_every_step() {
-    matrix(&RESIZE_DETACHED, 1);
+    matrix(&RESIZE_DETACHED, 2);
 }
 
 #[test]

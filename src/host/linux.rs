@@ -629,7 +629,7 @@ impl Observe for LinuxHost {
     }
 
     fn claim_absent(&self, volume: &VolumeId) -> Result<bool> {
-        if access::load(&self.dirs.volume_state(volume))?.is_some() {
+        if self.dirs.volume_state(volume).exists() {
             return Ok(false);
         }
         match self.fetch(volume) {
@@ -637,7 +637,7 @@ impl Observe for LinuxHost {
                 let owner = found.and_then(|(record, _)| record.owner);
                 Ok(owner.is_none_or(|owner| owner.relation(&self.owner) != Relation::Us))
             }
-            // The access file is the first thing that a claim writes and the last that a release removes.
+            // The folder is the first thing that a claim makes and the last that a release removes.
             Err(e) if e.kind() == Kind::Unreachable => Ok(true),
             Err(e) => Err(e),
         }
@@ -794,7 +794,7 @@ impl Host for LinuxHost {
                 },
                 Release::Already => break,
                 Release::Lost(owner) => {
-                    tracing::warn!(%volume, "it belongs to {owner} by now; nothing to release");
+                    tracing::info!(%volume, "it belongs to {owner}; nothing to release");
                     break;
                 }
             }
