@@ -56,7 +56,8 @@ pub(super) fn look(
         (_, Some(pid)) if open => ("busy".to_owned(), Some(format!("a command is at work, pid {pid}"))),
         _ if open => ("interrupted".into(), Some(format!("a command was cut short; run: {run_recover}"))),
         (Some(s), _) if s.state == State::Ready && view.device.is_some() => {
-            ("attached".into(), s.reason.clone())
+            let at_work = holder.map(|pid| format!("a command is at work, pid {pid}"));
+            ("attached".into(), s.reason.clone().or(at_work))
         }
         (Some(s), _) => (s.state.name().to_owned(), s.reason.clone()),
         (None, _) if standing.connect.is_some() => {
