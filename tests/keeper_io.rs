@@ -190,6 +190,10 @@ fn root_the_watchdogs_kills_are_stalls_too() {
     ];
     for n in 0.. {
         std::thread::sleep(Duration::from_millis(1100));
+        // Only a server that serves: faster than it can start, nothing would ever be done.
+        wait_until("it is ready, or the load is over", LONG, || {
+            !run.running() || client(&v.config).status().unwrap().state == State::Ready
+        });
         if !run.running() {
             break;
         }
@@ -197,7 +201,7 @@ fn root_the_watchdogs_kills_are_stalls_too() {
     }
     run.finish(LONG).assert_clean();
     let status = client(&v.config).status().unwrap();
-    assert!(status.restarts >= 4, "{status:?}");
+    assert!(status.restarts >= 3, "{status:?}");
     assert_eq!(disk.detach().errors, 0);
 }
 

@@ -6,6 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use owo_colors::OwoColorize;
 
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
 use super::progress::Progress;
 use super::{Global, StorageArgs};
 use crate::catalog::StorageUrl;
@@ -69,13 +73,61 @@ pub(super) fn init_log(verbose: u8, json: bool) {
         1 => LevelFilter::INFO,
         _ => LevelFilter::DEBUG,
     };
-    let builder = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_max_level(level)
-        .with_ansi(colored())
-        .with_target(false);
-    let _ =
-        if json { builder.json().flatten_event(true).try_init() } else { builder.without_time().try_init() };
+    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level);
+    let _ = if json {
+        builder.with_target(false).json().flatten_event(true).try_init()
+    } else {
+        builder.event_format(Plain).try_init()
+    };
+}
+
+/// A line of the library's log, in the form of our own: `warning: volume vol1: what happened`.
+struct Plain;
+
+impl<S, N> FormatEvent<S, N> for Plain
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> std::fmt::Result {
+        use tracing::Level;
+        let mut line = Line::default();
+        event.record(&mut line);
+        let word = match *event.metadata().level() {
+            Level::ERROR => "error",
+            Level::WARN => "warning",
+            Level::INFO => "note",
+            _ => "debug",
+        };
+        write!(writer, "{word}: ")?;
+        if let Some(volume) = &line.volume {
+            write!(writer, "volume {volume}: ")?;
+        }
+        writeln!(writer, "{}{}", line.message, line.rest)
+    }
+}
+
+/// The parts of a log line.
+#[derive(Default)]
+struct Line {
+    volume: Option<String>,
+    message: String,
+    rest: String,
+}
+
+impl tracing::field::Visit for Line {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            "volume" => self.volume = Some(format!("{value:?}")),
+            name => self.rest.push_str(&format!(" {name}={value:?}")),
+        }
+    }
 }
 
 impl Context {
