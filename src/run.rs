@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::host::{Host, Observe};
-use crate::journal::{End, Journal, Outcome, Settlement, TaskState, settlement};
+use crate::journal::{End, Journal, Outcome, Run, Settlement, TaskState, settlement};
 use crate::plan::{Plan, Task};
 use crate::step::Step;
 use crate::step::{Direction, Facts};
@@ -180,7 +180,8 @@ impl Engine<'_> {
             return error;
         }
         let forward = journal.open_run().is_some_and(|r| r.plan.operation.settles_forward());
-        let changed = journal.open_run().is_some_and(|r| r.changed_something());
+        let changed =
+            journal.open_run().is_some_and(|r| r.changed_something() && !self.only_refused(r, index));
         let ended = match (changed, forward) {
             (false, _) => journal.end(End::Unwound),
             // Half a detach is finished by the next try, never taken back.
@@ -203,6 +204,23 @@ impl Engine<'_> {
                 ))
             }
         }
+    }
+
+    /// Whether the failed task is an unmount that was refused, and all that was tried: then everything is as it was,
+    /// and a volume that somebody uses goes on being attached.
+    fn only_refused(&self, run: &Run, index: usize) -> bool {
+        let others = run.states.iter().enumerate().filter(|(i, _)| *i != index);
+        let task = &run.plan.tasks[index];
+        let unmount = task.direction == Direction::Undo && matches!(task.step, Step::Mount(_));
+        let mut facts = run.facts.clone();
+        unmount
+            && others
+                .map(|(_, s)| s)
+                .all(|s| matches!(s, TaskState::Pending | TaskState::Settled(Outcome::Already)))
+            && matches!(
+                task.step.is_settled(task.direction, &run.plan.volume, &mut facts, self.host),
+                Ok(false)
+            )
     }
 
     /// Undoes what the open run did or may have done, newest first.

@@ -89,6 +89,7 @@ fn root_the_life_of_a_volume() {
     node.run(&["detach", "vol1"]).expect_error(11, &["vol1", "in use", &std::process::id().to_string()]);
     assert_holds(&Path::new(&m).join("data"), &bytes, "after a refused detach");
     drop(held);
+    node.assert_attached("vol1", &[&m], "after a refused detach");
     let loop_device = node.found("vol1")["device"]["path"].as_str().expect("a device").to_owned();
     node.ok(&["detach", &loop_device]);
     node.assert_nothing_left("after the detach");
