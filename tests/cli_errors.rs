@@ -439,6 +439,11 @@ fn root_a_full_store_stalls_and_then_goes_on() {
         let reason = node.found("vol1")["reason"].as_str().unwrap_or_default().to_owned();
         assert!(reason.contains("No space left on device"), "{reason}");
         assert!(!writer.is_finished(), "a write is not durable on a full store");
+        // An unmount would wait in the kernel without end, where nobody can stop it.
+        let began = Instant::now();
+        let answer = node.run(&["detach", "vol1", "--stop-timeout", "3s"]);
+        answer.expect_error(UNREACHABLE, &["vol1", "could not be written out within 3 s"]);
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         disk.grow("200M");
         writer.join().expect("the write succeeds in the end");
     });

@@ -120,6 +120,7 @@ pub struct LinuxHost {
     /// Whether the password was checked against the record.
     checked: RefCell<bool>,
     progress: Progress,
+    patience: Duration,
 }
 
 /// What a [`LinuxHost`] is made of.
@@ -163,6 +164,7 @@ impl LinuxHost {
             version: RefCell::new(None),
             checked: RefCell::new(false),
             progress,
+            patience: QUICK,
         })
     }
 
@@ -499,6 +501,53 @@ impl LinuxHost {
             // Of another boot or volume: it can only be thrown away, which the replay step tells loudly.
             log::Opened::Foreign { .. } => 0,
         })
+    }
+
+    /// For how long cached data may take to be written out before an unmount; two minutes unless told.
+    pub fn patient(mut self, patience: Duration) -> LinuxHost {
+        self.patience = patience;
+        self
+    }
+
+    /// Writes out what is cached of the filesystem at `target`, when this is its last mount. An unmount does that too,
+    /// but for a storage that takes no data it would wait without end, out of reach of every signal.
+    fn write_out(&self, target: &Path) -> Result<()> {
+        let table = mounts::table("self")?;
+        let Some(source) = mounts::at(&table, target).map(|m| m.source) else { return Ok(()) };
+        if table.iter().filter(|m| m.source == source).count() > 1 {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let mut child = Program::Sync.spawn(&[OsStr::new("--file-system"), target.as_os_str()])?;
+        loop {
+            let elapsed = begun.elapsed();
+            match child.try_wait() {
+                // What could not be written is for the unmount to find out.
+                Ok(Some(_)) | Err(_) => return Ok(()),
+                Ok(None) if elapsed > self.patience => {
+                    let _ = child.kill();
+                    return Err(Error::new(
+                        Kind::Unreachable,
+                        format!(
+                            "what is cached of {} could not be written out within {} s: its storage does not take it",
+                            target.display(),
+                            self.patience.as_secs()
+                        ),
+                    )
+                    .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data"));
+                }
+                Ok(None) => {
+                    (self.progress)(
+                        "write out what is cached",
+                        elapsed.as_secs(),
+                        Some(self.patience.as_secs()),
+                    );
+                    std::thread::sleep(
+                        (elapsed / 20).clamp(Duration::from_micros(200), Duration::from_millis(50)),
+                    );
+                }
+            }
+        }
     }
 
     /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only
@@ -1105,6 +1154,9 @@ impl Host for LinuxHost {
     }
 
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
+        if !dead {
+            self.write_out(target)?;
+        }
         match nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(()),
             Err(nix::errno::Errno::EBUSY) if dead => {

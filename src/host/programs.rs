@@ -25,6 +25,7 @@ pub enum Program {
     Btrfs,
     Resize2fs,
     XfsGrowfs,
+    Sync,
 }
 
 impl Program {
@@ -41,6 +42,7 @@ impl Program {
             Program::Btrfs => ("btrfs", "btrfs-progs"),
             Program::Resize2fs => ("resize2fs", "e2fsprogs"),
             Program::XfsGrowfs => ("xfs_growfs", "xfsprogs"),
+            Program::Sync => ("sync", "coreutils"),
         }
     }
 
@@ -61,6 +63,19 @@ impl Program {
                 Error::environment(format!("the program {name} is not installed"))
                     .hint(format!("install it: apt-get install {package}"))
             })
+    }
+
+    /// Starts it, and whatever it says is dropped: for a program that may hang in the kernel, where no signal reaches
+    /// it, so that nobody can wait for its end.
+    pub fn spawn<S: AsRef<OsStr>>(self, args: &[S]) -> Result<std::process::Child> {
+        let program = self.find()?;
+        Command::new(&program)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| Error::environment(format!("cannot start {}: {e}", program.display())))
     }
 
     /// Runs it to its end and collects what it says, bounded. No limit means that it may take as long as it
