@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
-use crate::host::{Host, Observe};
+use crate::host::{Host, Observe, TargetView};
 use crate::journal::{End, Journal, Outcome, Settlement, TaskState, settlement};
 use crate::plan::{Plan, Task};
 use crate::step::Step;
@@ -183,6 +183,8 @@ impl Engine<'_> {
         let changed = journal.open_run().is_some_and(|r| r.changed_something());
         let ended = match (changed, forward) {
             (false, _) => journal.end(End::Unwound),
+            // An unmount of what is in use: as if it had not been asked for.
+            (true, true) if self.had_no_effect(journal, index) => journal.end(End::Unwound),
             // Half a detach is finished by the next try, never taken back.
             (true, true) => Ok(()),
             (true, false) => {
@@ -203,6 +205,22 @@ impl Engine<'_> {
                 ))
             }
         }
+    }
+
+    /// Whether the open run has changed nothing: its only task that was begun is `index`, which failed, and what it
+    /// was to take away stands at its place as before.
+    fn had_no_effect(&self, journal: &Journal, index: usize) -> bool {
+        let Some(run) = journal.open_run() else { return false };
+        let untouched =
+            |state: &TaskState| matches!(state, TaskState::Pending | TaskState::Settled(Outcome::Already));
+        let mut others = run.states.iter().enumerate().filter(|(i, _)| *i != index).map(|(_, state)| state);
+        let stands = match &run.plan.tasks[index].step {
+            Step::Mount(m) => matches!(self.host.target(&m.target), Ok(TargetView::MountPoint(_))),
+            Step::Link(l) => matches!(self.host.target(&l.target), Ok(TargetView::Other { link: Some(_) })),
+            // Of anything else, a part may be gone.
+            _ => false,
+        };
+        stands && others.all(untouched)
     }
 
     /// Undoes what the open run did or may have done, newest first.

@@ -497,7 +497,7 @@ fn root_a_command_while_another_one_works_is_busy() {
         node.run(words).expect_error(BUSY, &["vol1", "another command"]);
     }
     // To look is always possible.
-    assert_eq!(node.found("vol1")["state"], "busy");
+    assert_eq!(node.found("vol1")["state"], "attached");
     lock.unlock().expect("unlocked");
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("in the end");

@@ -497,7 +497,8 @@ impl VolumeRecord {
                 }
             }
         }
-        if record.capacity.bytes() == 0 {
+        // That of an adopted volume is known once its disk was seen.
+        if record.capacity.bytes() == 0 && !record.adopted {
             return Err(damaged("its capacity is zero".to_owned()));
         }
         Ok((record, nonce))

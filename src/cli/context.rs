@@ -29,6 +29,8 @@ pub struct Context {
     pub cwd: PathBuf,
     /// Shows the steps of a run.
     pub progress: Progress,
+    /// Nothing of it stays: nobody needs to keep its password.
+    trial: bool,
 }
 
 /// Set by SIGINT and SIGTERM, asked between steps.
@@ -135,7 +137,7 @@ impl Context {
         let cwd = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         let json = global.log_format == super::LogFormat::Json;
         let progress = Progress::new(global.verbose, json);
-        Context { global, cwd, progress }
+        Context { global, cwd, progress, trial: false }
     }
 
     /// What takes a plan through, with its progress shown. From here on a first Ctrl-C waits for the step at hand.
@@ -165,12 +167,12 @@ impl Context {
         })
     }
 
-    /// A copy with other roots: the demo works in its own.
-    pub fn with_dirs(&self, dirs: &Dirs) -> Context {
+    /// A copy with other roots, for a trial: the demo works in its own.
+    pub fn for_trial(&self, dirs: &Dirs) -> Context {
         let mut global = self.global.clone();
         global.state_dir.clone_from(&dirs.state);
         global.run_dir.clone_from(&dirs.run);
-        Context { global, cwd: self.cwd.clone(), progress: self.progress.clone() }
+        Context { global, cwd: self.cwd.clone(), progress: self.progress.clone(), trial: true }
     }
 
     /// Whoever changes something must be root: devices, mounts and other users' files are at stake.
@@ -266,7 +268,7 @@ impl Context {
         crate::journal::private_folder(&dirs.state)?;
         let path = dirs.state.join("store.password");
         let (password, origin) = password::store_password(&path)?;
-        if origin == Origin::Made {
+        if origin == Origin::Made && !self.trial {
             self.progress.note(&format!(
                 "made a random encryption password for the embedded store: {} (keep a copy: without it the data cannot be read)",
                 path.display()

@@ -36,7 +36,7 @@ pub fn run(args: &DemoArgs, context: &Context) -> Result<Report> {
     let roots = context.dirs()?;
     let name = format!("demo-{}", std::process::id());
     let dirs = Dirs { state: roots.state.join(&name), run: roots.run.join(&name) };
-    let mut demo = Demo { context: context.with_dirs(&dirs), rows: Vec::new(), data: Vec::new() };
+    let mut demo = Demo { context: context.for_trial(&dirs), rows: Vec::new(), data: Vec::new() };
     let begun = Instant::now();
     let result = demo.story(&dirs, args.keep);
     if result.is_err() {

@@ -50,11 +50,14 @@ pub(super) fn look(
         None => standing.places.iter().filter_map(place).map(|t| format!("{t} (gone)")).collect(),
     };
     let run_recover = format!("zerofsctl recover {volume}");
-    let (state, reason) = match (&status, journal::holder(&dirs.run, volume)) {
-        (_, Some(pid)) => ("busy".to_owned(), Some(format!("a command is at work, pid {pid}"))),
+    // Between two steps of a command, what is found is no state to act on.
+    let holder = journal::holder(&dirs.run, volume);
+    let (state, reason) = match (&status, holder) {
+        (_, Some(pid)) if open => ("busy".to_owned(), Some(format!("a command is at work, pid {pid}"))),
         _ if open => ("interrupted".into(), Some(format!("a command was cut short; run: {run_recover}"))),
         (Some(s), _) if s.state == State::Ready && view.device.is_some() => {
-            ("attached".into(), s.reason.clone())
+            let at_work = holder.map(|pid| format!("a command is at work, pid {pid}"));
+            ("attached".into(), s.reason.clone().or(at_work))
         }
         (Some(s), _) => (s.state.name().to_owned(), s.reason.clone()),
         (None, _) if standing.connect.is_some() => {

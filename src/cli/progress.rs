@@ -1,13 +1,16 @@
 //! Progress on standard error: a spinner on a terminal, plain lines otherwise, JSON lines where asked for.
 
+use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
 use std::rc::Rc;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use serde_json::json;
 
+use crate::error::Error;
 use crate::journal::Outcome;
 use crate::plan::{Plan, Task};
 use crate::run::Observer;
@@ -18,6 +21,8 @@ pub struct Progress(Rc<Inner>);
 
 struct Inner {
     bar: Option<ProgressBar>,
+    /// Ends the thread that tells, without a terminal, that a step is still at work.
+    heartbeat: RefCell<Option<mpsc::Sender<()>>>,
     json: bool,
     verbose: u8,
 }
@@ -27,17 +32,38 @@ fn print(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
+fn formed(word: &str, text: &str, json: bool) -> String {
+    if !json {
+        return format!("{word}: {text}");
+    }
+    let level = if word == "warning" { "WARN" } else { "INFO" };
+    json!({"timestamp": Timestamp::now(), "level": level, "message": text}).to_string()
+}
+
+/// Says `what` every ten seconds, until the sender is dropped.
+fn beat(what: String, json: bool) -> Option<mpsc::Sender<()>> {
+    let (sender, receiver) = mpsc::channel();
+    let begun = std::time::Instant::now();
+    let work = move || {
+        while receiver.recv_timeout(Duration::from_secs(10)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            print(&formed("progress", &format!("{what}, {} s", begun.elapsed().as_secs()), json));
+        }
+    };
+    // Without a thread there is just no word.
+    std::thread::Builder::new().stack_size(64 * 1024).spawn(work).ok().map(|_| sender)
+}
+
 impl Progress {
     /// A spinner if standard error is a terminal.
     pub fn new(verbose: u8, json: bool) -> Progress {
         let bar = (std::io::stderr().is_terminal() && !json).then(|| {
             let bar = ProgressBar::new_spinner();
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
                 bar.set_style(style);
             }
             bar
         });
-        Progress(Rc::new(Inner { bar, json, verbose }))
+        Progress(Rc::new(Inner { bar, heartbeat: RefCell::new(None), json, verbose }))
     }
 
     /// Takes the spinner away, before anything else is printed.
@@ -54,12 +80,7 @@ impl Progress {
     }
 
     fn line(&self, word: &str, text: &str) {
-        if self.0.json {
-            let level = if word == "warning" { "WARN" } else { "INFO" };
-            print(&json!({"timestamp": Timestamp::now(), "level": level, "message": text}).to_string());
-            return;
-        }
-        self.print(&format!("{word}: {text}"));
+        self.print(&formed(word, text, self.0.json));
     }
 
     fn print(&self, line: &str) {
@@ -108,10 +129,19 @@ impl Observer for Progress {
             bar.reset();
             bar.enable_steady_tick(Duration::from_millis(100));
             bar.set_message(format!("{}: {}", plan.volume, task.step.describe(task.direction)));
+        } else if !matches!(task.name(), "stop" | "read-data") {
+            // Those two tell how far they are; of the others, somebody who waits should at least hear that they go on.
+            let what = format!("volume {}: step {}: still at work", plan.volume, task.name());
+            *self.0.heartbeat.borrow_mut() = beat(what, self.0.json);
         }
     }
 
+    fn failed(&self, _: &Plan, _: &Task, _: &Error) {
+        *self.0.heartbeat.borrow_mut() = None;
+    }
+
     fn settled(&self, plan: &Plan, task: &Task, outcome: Outcome, elapsed: Duration) {
+        *self.0.heartbeat.borrow_mut() = None;
         let outcome = match outcome {
             Outcome::Already => "already",
             Outcome::Done => "done",

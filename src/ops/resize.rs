@@ -85,8 +85,9 @@ pub fn resize(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec, size: Byte
         if standing.connect.is_none() {
             return engine.run(&mut journal, detached, Facts::default());
         }
+        let plan = plan(volume, &standing, size)?;
         check(engine.host, &standing).map_err(|e| e.on(volume))?;
-        engine.run(&mut journal, plan(volume, &standing, size)?, standing.facts)
+        engine.run(&mut journal, plan, standing.facts)
     })();
     journal.close()?;
     result
@@ -103,7 +104,7 @@ pub fn preview(
     if standing.connect.is_none() {
         return crate::run::preview(host, &detached_plan(spec, size), Facts::default());
     }
-    check(host, &standing).map_err(|e| e.on(&spec.volume))?;
     let plan = plan(&spec.volume, &standing, size)?;
+    check(host, &standing).map_err(|e| e.on(&spec.volume))?;
     crate::run::preview(host, &plan, standing.facts)
 }

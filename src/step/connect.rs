@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Act, Direction, Facts, device_name};
 use crate::error::{Error, Kind, Result};
-use crate::host::{Device, Host, KeeperView, Observe, users};
+use crate::host::{Content, Device, Host, KeeperView, Observe, users};
 use crate::values::VolumeId;
 
 /// How the block device is made.
@@ -103,6 +103,10 @@ impl Act for Connect {
 
     fn apply(&self, volume: &VolumeId, facts: &mut Facts, host: &dyn Host) -> Result<()> {
         let device = host.connect(volume, self.read_only)?;
+        if facts.content == Some(Content::Unknown) {
+            // Nobody wrote down how large an adopted volume is.
+            host.record_capacity(volume, device.size)?;
+        }
         self.learn(device, volume, facts)
     }
 

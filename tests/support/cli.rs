@@ -263,7 +263,10 @@ impl Answer {
             assert!(line.contains(word), "the error does not say {word:?}: {self:#?}");
         }
         assert!(self.stderr.contains("\nhint: "), "no hint: {self:#?}");
-        assert!(!self.stderr.contains("panicked"), "{self:#?}");
+        assert!(
+            !self.stderr.contains("zerofsctl panicked") && !self.stderr.contains("\nthread '"),
+            "{self:#?}"
+        );
         assert_eq!(self.stdout, "", "{self:#?}");
         self
     }
