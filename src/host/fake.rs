@@ -484,6 +484,10 @@ impl Host for FakeHost {
         })
     }
 
+    fn flush(&self, _: &VolumeId, _: std::time::Duration) -> Result<()> {
+        Ok(())
+    }
+
     fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
         self.change(|w| {
             assert!(dead || w.users.is_empty(), "a device in use is disconnected");

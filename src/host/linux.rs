@@ -897,6 +897,24 @@ impl Host for LinuxHost {
         self.clean_run_folder(volume)
     }
 
+    fn flush(&self, volume: &VolumeId, limit: Duration) -> Result<()> {
+        if !self.status(volume)?.is_some_and(|s| s.fuse_mounted) {
+            return Ok(());
+        }
+        match self.client(volume)?.within(limit).flush() {
+            Err(e) if e.kind() == Kind::Unreachable => Err(Error::new(
+                Kind::Interrupted,
+                format!(
+                    "its ZeroFS has not answered for {:.0} s; nothing was taken away",
+                    limit.as_secs_f64()
+                ),
+            )
+            .hint(format!("see why: zerofsctl show {volume}; when it answers, run the same command again"))),
+            // A device that fails its I/O (a time limit, a new owner) keeps nobody waiting.
+            _ => Ok(()),
+        }
+    }
+
     fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
         let folder = self.dirs.volume_run(volume);
         self.served(volume, || ninep::create_disk(&folder, EXPORT, size.bytes()))

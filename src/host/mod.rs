@@ -266,6 +266,9 @@ pub trait Host: Observe {
     /// Flushes, stops ZeroFS and the keeper, removes the sockets and the empty log. Where a killed keeper left
     /// acknowledged writes in its log, they are replayed first: afterwards ZeroFS has all of them.
     fn stop_keeper(&self, volume: &VolumeId, options: &StopOptions) -> Result<()>;
+    /// Lets the keeper flush, if there is one that serves a device. [`Kind::Interrupted`](crate::error::Kind) when
+    /// the server does not answer within `limit`: whoever unmounts then waits in the kernel, for as long as that lasts.
+    fn flush(&self, volume: &VolumeId, limit: Duration) -> Result<()>;
     /// Creates the disk (idempotent; never shrinks).
     fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()>;
     /// Removes a disk that was never written.

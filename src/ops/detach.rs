@@ -68,6 +68,9 @@ pub fn detach(
             return Ok(None);
         }
         let plan = plan(volume, &standing, scope, stop)?;
+        if !stop.force {
+            engine.host.flush(volume, stop.timeout).map_err(|e| e.on(volume))?;
+        }
         engine.run(&mut journal, plan, standing.facts).map(Some)
     })();
     journal.close()?;
