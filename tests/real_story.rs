@@ -401,7 +401,10 @@ fn root_a_volume_without_a_record_is_adopted_and_never_formatted() {
     node.run(&["attach", "blank", "--target", &m]).expect_error(1, &["blank", "older driver"]);
     node.assert_nothing_left("after a refusal");
     node.ok(&["attach", "blank", "--block", "--target", &link]);
-    let zeros = File::open(device(&link)).expect("the device").bytes().take(MIB).all(|b| matches!(b, Ok(0)));
+    let zeros = std::io::BufReader::new(File::open(device(&link)).expect("the device"))
+        .bytes()
+        .take(MIB)
+        .all(|b| matches!(b, Ok(0)));
     assert!(zeros, "nothing was written on it");
     node.ok(&["detach", "blank"]);
     node.assert_nothing_left("in the end");

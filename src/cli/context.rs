@@ -33,6 +33,9 @@ pub struct Context {
     trial: bool,
 }
 
+/// The password of the embedded store, in the state folder.
+const STORE_PASSWORD: &str = "store.password";
+
 /// Set by SIGINT and SIGTERM, asked between steps.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -241,13 +244,17 @@ impl Context {
         let password = match (&settings.encryption_password, purpose) {
             (Some(password), _) => Some(password.clone()),
             (None, Purpose::Start) if storage.url == embedded => Some(self.embedded_password(&dirs)?),
+            // Without a password there is no volume either, which the claim will tell.
+            (None, Purpose::Reopen) if storage.url == embedded => {
+                dirs.state.join(STORE_PASSWORD).exists().then(|| self.embedded_password(&dirs)).transpose()?
+            }
             // What is attached has its password in its config; whatever else is started must be given one, before
             // the catalog hears of it.
-            (None, Purpose::Start) if !known => return Err(no_password()),
+            (None, Purpose::Start | Purpose::Reopen) if !known => return Err(no_password()),
             _ => None,
         };
         let zerofs = match purpose {
-            Purpose::Start => self.zerofs_program()?,
+            Purpose::Start | Purpose::Reopen => self.zerofs_program()?,
             // Needed only if a killed keeper's log must be replayed; then its absence is an error.
             Purpose::Settle => self.zerofs_program().unwrap_or_else(|_| "zerofs".into()),
         };
@@ -266,7 +273,7 @@ impl Context {
 
     fn embedded_password(&self, dirs: &Dirs) -> Result<Secret> {
         crate::journal::private_folder(&dirs.state)?;
-        let path = dirs.state.join("store.password");
+        let path = dirs.state.join(STORE_PASSWORD);
         let (password, origin) = password::store_password(&path)?;
         if origin == Origin::Made && !self.trial {
             self.progress.note(&format!(
@@ -326,8 +333,10 @@ fn no_password() -> Error {
 /// What a host is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// A volume may be started: password and zerofs are needed.
+    /// A volume, maybe a new one, may be started: password and zerofs are needed.
     Start,
+    /// The same, for a volume that must be there already.
+    Reopen,
     /// What is there is taken down or looked at.
     Settle,
 }

@@ -48,7 +48,7 @@ pub fn run(args: &FsckArgs, context: &Context) -> Result<Report> {
         confirm(&volume)?;
     }
     let dirs = context.dirs()?;
-    let host = context.host(&volume, &args.storage, Purpose::Start).map_err(|e| e.on(&volume))?;
+    let host = context.host(&volume, &args.storage, Purpose::Reopen).map_err(|e| e.on(&volume))?;
     let spec = ops::fsck::FsckSpec {
         attach: AttachSpec::plain(
             volume.clone(),

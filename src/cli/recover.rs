@@ -38,7 +38,7 @@ pub fn run(args: &RecoverArgs, context: &Context) -> Result<Report> {
     let (mut rows, mut data, mut names, mut failed) = (Vec::new(), Vec::new(), Vec::new(), 0usize);
     let volumes: Vec<VolumeId> = only.map_or(here, |v| vec![v]);
     for volume in &volumes {
-        let result = context.host(volume, &args.storage, Purpose::Start).and_then(|host| {
+        let result = context.host(volume, &args.storage, Purpose::Reopen).and_then(|host| {
             let engine = context.engine(&host);
             ops::recover::recover(&engine, &dirs.run, volume)
         });

@@ -33,7 +33,7 @@ pub fn run(args: &ResizeArgs, context: &Context) -> Result<Report> {
     let dirs = context.dirs()?;
     let (volume, _) = detach::resolve(&args.volume, context, &dirs)?;
     context.require_root()?;
-    let host = context.host(&volume, &args.storage, Purpose::Start).map_err(|e| e.on(&volume))?;
+    let host = context.host(&volume, &args.storage, Purpose::Reopen).map_err(|e| e.on(&volume))?;
     // Where a volume that is not attached is mounted for a moment, as XFS and Btrfs need it.
     let place = dirs.volume_run(&volume).join("grow");
     let spec = AttachSpec::plain(

@@ -344,7 +344,10 @@ impl LinuxHost {
                     Kind::NotFound,
                     format!("there is no such volume in {}", self.storage.url),
                 )
-                .hint(format!("see what there is: zerofsctl list --storage-url {}", self.storage.url)));
+                .hint(format!(
+                    "see what there is: zerofsctl list --storage-url {}; or say where it is: --config or --storage-url",
+                    self.storage.url
+                )));
             }
             DataPrefix::Empty | DataPrefix::ZeroFs(Family::Unstarted) => {
                 let fs = if request.block { None } else { Some(request.fs.unwrap_or(FsType::Ext4)) };
