@@ -527,7 +527,7 @@ impl LinuxHost {
                 Ok(None) if elapsed > self.patience => {
                     let _ = child.kill();
                     return Err(Error::new(
-                        Kind::Unreachable,
+                        Kind::Interrupted,
                         format!(
                             "what is cached of {} could not be written out within {} s: its storage does not take it",
                             target.display(),
