@@ -276,7 +276,7 @@ impl Observe for FakeHost {
         Ok(DeviceView { fuse: w.fuse, device: w.device.clone() })
     }
 
-    fn signature(&self, _: &Path) -> Result<Signature> {
+    fn signature(&self, _: &Path, _: Option<FsType>) -> Result<Signature> {
         let w = self.world.borrow();
         assert!(w.log.is_empty(), "the device is looked at before the log is replayed");
         if !w.alive() {

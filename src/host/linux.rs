@@ -757,7 +757,12 @@ impl Observe for LinuxHost {
         Ok(DeviceView { fuse, device: loopdev::find(&file)? })
     }
 
-    fn signature(&self, device: &Path) -> Result<Signature> {
+    fn signature(&self, device: &Path, recorded: Option<FsType>) -> Result<Signature> {
+        if let Some(fs) = recorded
+            && let Some(found) = signature::glance(device, fs)?
+        {
+            return Ok(found);
+        }
         signature::probe(device)
     }
 

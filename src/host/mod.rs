@@ -234,7 +234,10 @@ pub trait Observe {
     /// The FUSE mount and the loop device.
     fn device(&self, volume: &VolumeId) -> Result<DeviceView>;
     /// What is on the device. Any doubt is an error.
-    fn signature(&self, device: &Path) -> Result<Signature>;
+    ///
+    /// `recorded` is the filesystem that the catalog says was finished. Where our own table sees just that, blkid is
+    /// not asked: nothing will be formatted, and a second witness is only needed for "blank".
+    fn signature(&self, device: &Path, recorded: Option<FsType>) -> Result<Signature>;
     /// All mounts of the device in this mount namespace.
     fn mounts_of(&self, device: &Path) -> Result<Vec<MountEntry>>;
     /// What is at a path.

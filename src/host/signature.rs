@@ -61,6 +61,13 @@ pub fn probe(device: &Path) -> Result<Signature> {
     judge(theirs?, &start, &end)
 }
 
+/// Our own table alone, for a device that shall hold a finished `fs`: none unless it sees just that.
+pub fn glance(device: &Path, fs: FsType) -> Result<Option<Signature>> {
+    let (start, end) = read_ends(device)?;
+    let seen = table(&start, &end) == Some(fs.name());
+    Ok(seen.then(|| Signature::Filesystem { fs, clean: is_clean(fs, &start) }))
+}
+
 /// `blkid`'s word: none for nothing.
 fn blkid(device: &Path) -> Result<Option<String>> {
     // -p looks at the device itself, never at blkid's cache.
@@ -268,6 +275,9 @@ mod tests {
                 .success()
                 .unwrap_or_else(|e| panic!("{fs} at its minimum: {e}"));
             assert_eq!(probe(&file).unwrap(), Signature::Filesystem { fs, clean: true });
+            assert_eq!(glance(&file, fs).unwrap(), Some(Signature::Filesystem { fs, clean: true }));
+            let other = FsType::ALL.into_iter().find(|o| *o != fs).unwrap();
+            assert_eq!(glance(&file, other).unwrap(), None, "another one is no glance's business");
         }
         make(4 << 20);
         OpenOptions::new().write(true).open(&file).unwrap().write_all_at(b"precious", 1_000_000).unwrap();

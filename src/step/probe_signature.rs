@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Act, Direction, Facts, device_name};
 use crate::error::Result;
-use crate::host::{Host, Observe, Signature};
+use crate::host::{Content, Host, Observe, Signature};
 use crate::values::{FsType, VolumeId};
 
 /// See the module.
@@ -42,7 +42,8 @@ impl Act for ProbeSignature {
     }
 
     fn apply(&self, _: &VolumeId, facts: &mut Facts, host: &dyn Host) -> Result<()> {
-        let signature = host.signature(&facts.device()?.path)?;
+        let recorded = facts.fs.filter(|_| facts.content == Some(Content::Formatted));
+        let signature = host.signature(&facts.device()?.path, recorded)?;
         facts.signature = Some(signature);
         Ok(())
     }
