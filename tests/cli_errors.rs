@@ -246,7 +246,8 @@ fn root_missing_programs_are_named_with_their_package() {
         ("mkfs.ext4", "e2fsprogs", &["attach", "new1", "--target", "m"][..]),
         ("mkfs.xfs", "xfsprogs", &["attach", "new2", "--target", "m", "--fs", "xfs"]),
         ("mkfs.btrfs", "btrfs-progs", &["attach", "new3", "--target", "m", "--fs", "btrfs"]),
-        ("blkid", "util-linux", &["attach", "ext", "--target", "m"]),
+        // Only asked about what may be formatted.
+        ("blkid", "util-linux", &["attach", "new4", "--target", "m"]),
         ("mount", "mount", &["attach", "ext", "--target", "m"]),
         ("e2fsck", "e2fsprogs", &["fsck", "ext"]),
         ("resize2fs", "e2fsprogs", &["resize", "ext", "2Gi"]),
