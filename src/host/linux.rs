@@ -26,7 +26,7 @@ use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
 use crate::keeper::log::{self, ReplayLog};
 use crate::keeper::path::LogState;
-use crate::keeper::process::boot_id;
+use crate::keeper::process::{Identity, Process, boot_id};
 use crate::keeper::{self, KeeperConfig};
 use crate::password::{PasswordCheck, Secret};
 use crate::settings::{S3Settings, Settings};
@@ -121,6 +121,8 @@ pub struct LinuxHost {
     checked: RefCell<bool>,
     progress: Progress,
     patience: Duration,
+    /// When that is over, let the device fail instead of giving up.
+    force: bool,
 }
 
 /// What a [`LinuxHost`] is made of.
@@ -165,6 +167,7 @@ impl LinuxHost {
             checked: RefCell::new(false),
             progress,
             patience: QUICK,
+            force: false,
         })
     }
 
@@ -504,9 +507,29 @@ impl LinuxHost {
     }
 
     /// For how long cached data may take to be written out before an unmount; two minutes unless told.
-    pub fn patient(mut self, patience: Duration) -> LinuxHost {
+    /// With `force` the device is failed after that.
+    pub fn patient(mut self, patience: Duration, force: bool) -> LinuxHost {
         self.patience = patience;
+        self.force = force;
         self
+    }
+
+    /// Lets the device under `target` fail at once, by killing its keeper: the only way to free an unmount from a storage
+    /// that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
+    fn fail_device(&self, target: &Path) -> Result<()> {
+        let Some(source) = mounts::at(&mounts::table("self")?, target).map(|m| m.source) else {
+            return Ok(());
+        };
+        let name = Path::new(&source).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let path = format!("/sys/block/{name}/loop/backing_file");
+        let file = std::fs::read_to_string(&path).doing("read", &path)?;
+        let Some(folder) = file.trim_end().strip_suffix("/fuse/disk") else { return Ok(()) };
+        let Some(keeper) = Identity::read(&Path::new(folder).join(keeper::PID_FILE)) else { return Ok(()) };
+        tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
+        if let Some(process) = Process::open(&keeper)? {
+            process.kill(Duration::from_secs(30))?;
+        }
+        Ok(())
     }
 
     /// Writes out what is cached of the filesystem at `target`, when this is its last mount. An unmount does that too,
@@ -534,7 +557,7 @@ impl LinuxHost {
                             self.patience.as_secs()
                         ),
                     )
-                    .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data"));
+                    .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"));
                 }
                 Ok(None) => {
                     (self.progress)(
@@ -1159,8 +1182,13 @@ impl Host for LinuxHost {
     }
 
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
-        if !dead {
-            self.write_out(target)?;
+        let mut dead = dead;
+        if !dead && let Err(e) = self.write_out(target) {
+            if !self.force {
+                return Err(e);
+            }
+            self.fail_device(target)?;
+            dead = true;
         }
         match nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(()),
