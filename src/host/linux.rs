@@ -427,7 +427,7 @@ impl LinuxHost {
             password: secret(password),
             cache_dir,
             cache_disk_gb: s.cache.disk_gb.unwrap_or(1.0),
-            cache_memory_gb: s.cache.memory_gb.or(Some(0.064)),
+            cache_memory_gb: s.cache.memory_gb.or(Some(1.0)),
             device_size: capacity.unwrap_or(DEFAULT_SIZE).bytes(),
             max_size_gb: s.filesystem_max_size_gb,
             lsm: config::Lsm {
