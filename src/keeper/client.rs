@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::control::{
-    Answer, ConnectOptions, Line, MAX_LINE, Progress, Request, SOCKET, Status, StopOptions, Stopped, Transport, VERSION,
+    Answer, Line, MAX_LINE, Progress, Request, SOCKET, Status, StopOptions, Stopped, VERSION,
 };
 use super::path::Replayed;
 use super::process::{Identity, Process};
@@ -74,23 +74,7 @@ impl KeeperClient {
 
     /// Replays the log if need be, and mounts the FUSE file `<run>/fuse/disk`.
     pub fn mount(&mut self) -> Result<()> {
-        self.done(&Request::Connect(ConnectOptions::default()))
-    }
-
-    /// Replays the log if need be, and connects an NBD device; gives its index and its size in bytes. One that is
-    /// connected already is left as it is.
-    pub fn connect_nbd(&mut self, options: &ConnectOptions) -> Result<(u32, u64)> {
-        let options = ConnectOptions { transport: Transport::Nbd, ..options.clone() };
-        match self.ask(&Request::Connect(options))? {
-            Answer::Nbd { index, bytes } => Ok((index, bytes)),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Flushes, disconnects the NBD device and waits until the kernel has let go. The caller has proved that nobody uses
-    /// it: the kernel would not refuse.
-    pub fn disconnect(&mut self) -> Result<()> {
-        self.done(&Request::Disconnect)
+        self.done(&Request::Connect)
     }
 
     /// Unmounts the FUSE file; [`Kind::Busy`] while something holds it open.

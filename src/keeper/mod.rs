@@ -13,7 +13,6 @@ pub mod control;
 pub mod fuse;
 pub mod guard;
 pub mod log;
-pub mod nbd;
 pub mod path;
 pub mod process;
 mod ready;

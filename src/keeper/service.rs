@@ -157,7 +157,7 @@ impl Shared {
             data_path: board.data_path,
             size: self.data.size(),
             log: self.data.log_state(),
-            fuse_mounted: self.fuse_mounted(), nbd: None,
+            fuse_mounted: self.fuse_mounted(),
             stats: self.data.stats(),
             warnings: board.warnings,
         }
@@ -228,7 +228,7 @@ impl Handler for Shared {
                     .map_err(|_| Error::usage("the time limit is not a number of seconds"))?;
                 self.wait_ready(limit).map(|s| Answer::Status(Box::new(s)))
             }
-            Request::Connect(_) => self.mount().map(|()| Answer::Done),
+            Request::Connect => self.mount().map(|()| Answer::Done),
             Request::Disconnect => {
                 let _mounting = lock(&self.mounting);
                 self.unmount(false).map(|()| Answer::Done)
