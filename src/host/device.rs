@@ -9,26 +9,40 @@ use std::time::Duration;
 
 use super::nbd::{self, sysfs};
 use super::{ConnectRequest, Device, DeviceView, IoPath, Life, Transport, loopdev, mounts};
-use crate::error::{Error, Result};
+use crate::error::{Doing, Error, Result};
 use crate::host::linux::Dirs;
 use crate::keeper;
+use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, ConnectOptions, NbdPath, Status};
-use crate::keeper::nbd::Record;
+use crate::keeper::device::{RECORD, Record};
 use crate::values::VolumeId;
 
 /// For how long the kernel may take to let go of an NBD device.
-pub(super) const LET_GO: Duration = Duration::from_secs(30);
+const LET_GO: Duration = Duration::from_secs(30);
 
-/// The NBD device that the run folder's record names, if it is still ours.
-pub fn ours(run: &Path, volume: &VolumeId) -> Result<Option<(Device, Record)>> {
-    let Some(record) = Record::read(run)? else { return Ok(None) };
-    let Some(found) = sysfs::one(record.index)?.filter(|d| d.connected) else { return Ok(None) };
+/// The connected NBD device that a record means, if the kernel has it and it is ours.
+pub(super) fn of_record(record: &Record, volume: &VolumeId) -> Result<Option<Device>> {
     let backend = nbd::backend_id(volume);
-    if found.backend.as_ref().is_some_and(|b| *b != backend) {
-        return Ok(None);
+    let found = match record.index {
+        Some(index) => sysfs::one(index)?.filter(|d| d.connected),
+        // The keeper was killed before the kernel's answer was written down.
+        None => sysfs::find(&backend)?,
+    };
+    let ours = found.filter(|d| d.backend.as_ref().is_none_or(|b| *b == backend));
+    Ok(ours.map(|d| Device { path: d.path(), read_only: d.read_only, size: d.size }))
+}
+
+/// The NBD device of a run folder, if there is one.
+pub fn nbd_device(run: &Path, volume: &VolumeId) -> Result<Option<Device>> {
+    Record::read(run)?.map_or(Ok(None), |record| of_record(&record, volume))
+}
+
+/// Whether a run folder has a device that a keeper could take over. Asks nobody.
+pub fn may_be_taken_over(run: &Path, volume: &VolumeId) -> Result<bool> {
+    match Record::read(run)? {
+        Some(record) if record.failed.is_none() => Ok(of_record(&record, volume)?.is_some()),
+        _ => Ok(false),
     }
-    let device = Device { path: found.path(), read_only: found.read_only, size: found.size };
-    Ok(Some((device, record)))
 }
 
 /// What is there. `status` asks the keeper, which is done only when something is there.
@@ -38,27 +52,22 @@ pub(super) fn view(
     status: impl FnOnce() -> Result<Option<Status>>,
 ) -> Result<DeviceView> {
     let run = dirs.volume_run(volume);
-    if let Some((device, record)) = ours(&run, volume)? {
-        let told = status()?.and_then(|s| s.nbd).filter(|n| n.index == Some(record.index));
+    if let Some(record) = Record::read(&run)? {
+        let device = of_record(&record, volume)?;
+        let told = status()?.and_then(|s| s.nbd);
         // On the direct path the kernel speaks to ZeroFS, and what that had not flushed nobody else has.
-        let crashed = || record.path == NbdPath::Direct && keeper::find_zerofs(&run).is_empty();
+        let direct = record.path == NbdPath::Direct;
         let life = match told {
-            Some(n) if n.failed.is_some() => Life::Dead,
-            Some(_) => Life::Served,
-            None if crashed() => Life::Dead,
-            None => Life::Waiting,
+            _ if record.failed.is_some() || device.is_none() => Life::Dead,
+            Some(told) if told.failed.is_some() => Life::Dead,
+            // A keeper that was just started has handed over no sockets yet.
+            Some(told) if direct || told.connections > 0 => Life::Served,
+            None if direct && keeper::find_zerofs(&run).is_empty() => Life::Dead,
+            _ => Life::Waiting,
         };
-        let path = match record.path {
-            NbdPath::Guarded => IoPath::Guarded,
-            NbdPath::Direct => IoPath::Direct,
-        };
-        return Ok(DeviceView {
-            fuse: false,
-            device: Some(device),
-            transport: Some(Transport::Nbd),
-            path: Some(path),
-            life,
-        });
+        let path = Some(if direct { IoPath::Direct } else { IoPath::Guarded });
+        let transport = Some(Transport::Nbd);
+        return Ok(DeviceView { fuse: false, device, transport, path, record: true, life });
     }
     let (folder, file) = dirs.fuse(volume);
     let fuse = mounts::at(&mounts::table("self")?, &folder).is_some();
@@ -66,10 +75,33 @@ pub(super) fn view(
     if !fuse && device.is_none() {
         return Ok(DeviceView::default());
     }
-    // A loop device whose FUSE mount was just taken away is half-way down, and answers nobody either.
-    let served = !fuse || status()?.is_some_and(|s| s.fuse_mounted);
-    let life = if served { Life::Served } else { Life::Dead };
-    Ok(DeviceView { fuse, device, transport: Some(Transport::Fuse), path: None, life })
+    let served = status()?.is_some_and(|s| s.fuse_mounted);
+    let life = if served || !fuse { Life::Served } else { Life::Dead };
+    Ok(DeviceView { fuse, device, transport: Some(Transport::Fuse), life, ..DeviceView::default() })
+}
+
+/// Takes the NBD device of a run folder away, and proves that it is gone. The caller has proved that nobody uses it, or
+/// that it is `dead`.
+pub(super) fn disconnect(
+    run: &Path,
+    volume: &VolumeId,
+    dead: bool,
+    keeper: Option<KeeperClient>,
+) -> Result<()> {
+    let Some(record) = Record::read(run)? else { return Ok(()) };
+    if let Some(keeper) = keeper {
+        keeper.within(Duration::from_secs(120)).disconnect(dead)?;
+    }
+    if let Some(device) = of_record(&record, volume)?
+        && let Some(index) = sysfs::index_of(&device.path)
+    {
+        nbd::disconnect_and_wait(index, LET_GO)?;
+    }
+    let path = run.join(RECORD);
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).doing("remove", &path),
+        _ => Ok(()),
+    }
 }
 
 /// What a keeper is asked for.

@@ -385,7 +385,8 @@ impl Observe for FakeHost {
             (None, false) => None,
         };
         let path = w.nbd.map(|n| n.path);
-        Ok(DeviceView { fuse: w.fuse, device: w.device.clone(), transport, path, life: w.life() })
+        let (device, record) = (w.device.clone(), w.nbd.is_some());
+        Ok(DeviceView { fuse: w.fuse, device, transport, path, record, life: w.life() })
     }
 
     fn transport(&self, wanted: Transport) -> Result<Transport> {

@@ -25,8 +25,8 @@ use crate::host::{CheckResult, Device};
 use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
+use crate::keeper::device::{RECORD, Record};
 use crate::keeper::log::{self, ReplayLog};
-use crate::keeper::nbd::Record;
 use crate::keeper::path::LogState;
 use crate::keeper::process::{Identity, Process, boot_id};
 use crate::keeper::{self, KeeperConfig};
@@ -548,7 +548,7 @@ impl LinuxHost {
     }
 
     fn nbd_device(&self, volume: &VolumeId) -> Result<Device> {
-        device::ours(&self.dirs.volume_run(volume), volume)?.map(|(device, _)| device).ok_or_else(|| {
+        device::nbd_device(&self.dirs.volume_run(volume), volume)?.ok_or_else(|| {
             Error::failed("the keeper connected an NBD device, but the kernel does not show it as ours")
                 .hint("see what the kernel says: dmesg | tail")
         })
@@ -557,6 +557,14 @@ impl LinuxHost {
     /// Takes loop device and FUSE mount away, if they are there.
     fn disconnect_fuse(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let (folder, file) = self.dirs.fuse(volume);
+        // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
+        let status = if dead { None } else { self.status(volume)? };
+        let dead = !status.is_some_and(|s| s.fuse_mounted);
+        // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
+        // only be that of a server that is away for longer than the volume's time limit.
+        if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {
+            tracing::warn!(%volume, "{e}");
+        }
         if let Some(device) = loopdev::find(&file)? {
             loopdev::detach(&device.path, &file, dead)?;
         }
@@ -637,8 +645,9 @@ impl LinuxHost {
     }
 
     /// What a keeper makes in the run folder, by name; not the log, which may hold what nobody else has.
-    fn keeper_names() -> [&'static str; 8] {
+    fn keeper_names() -> [&'static str; 9] {
         [
+            RECORD,
             keeper::CONFIG,
             keeper::PID_FILE,
             "keeper.lock",
@@ -1106,33 +1115,43 @@ impl Host for LinuxHost {
                     .hint(format!("take it down here: zerofsctl detach {volume} --force")));
             }
         }
+        let begun = Instant::now();
         keeper::spawn(&self.program, &config, Duration::from_secs(20))?;
+        // It takes the device over by itself, once the log is replayed.
         let limit = START_LIMIT.min(self.patience);
-        self.client(volume)?.wait_ready(limit)?;
-        // What the device is like, the record says; this only asks to serve it.
-        let options = control::ConnectOptions { transport: control::Transport::Nbd, ..Default::default() };
-        self.client(volume)?.within(limit).connect_nbd(&options).map(drop)
+        loop {
+            let why = match self.client(volume)?.wait_ready(limit.saturating_sub(begun.elapsed())) {
+                Ok(status) => status.reason,
+                Err(e) => return Err(e),
+            };
+            match self.device(volume)?.life {
+                Life::Served => return Ok(()),
+                Life::Dead => {
+                    let record = Record::read(&run)?.and_then(|r| r.failed);
+                    let why = record.unwrap_or_else(|| "the kernel has let it go".into());
+                    return Err(Error::refused(format!("its device cannot be taken over: {why}"))
+                        .hint(format!("run: zerofsctl recover {volume}")));
+                }
+                Life::Waiting if begun.elapsed() >= limit => {
+                    let why = why.map(|w| format!(": {w}")).unwrap_or_default();
+                    return Err(Error::new(
+                        Kind::Unreachable,
+                        format!("the next keeper runs, but does not serve the device yet{why}"),
+                    )
+                    .hint(format!("see what it waits for: zerofsctl show {volume}")));
+                }
+                Life::Waiting => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
     }
 
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let run = self.dirs.volume_run(volume);
-        // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
-        let status = if dead { None } else { self.status(volume)? };
-        let served = status.is_some_and(|s| s.fuse_mounted || s.nbd.is_some());
-        // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
-        // only be that of a server that is away for longer than the volume's time limit.
-        if served && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {
-            tracing::warn!(%volume, "{e}");
+        if Record::read(&run)?.is_some() {
+            let keeper = self.status(volume)?.map(|_| self.client(volume)).transpose()?;
+            device::disconnect(&run, volume, dead, keeper)?;
         }
-        if let Some((_, record)) = device::ours(&run, volume)? {
-            if served {
-                self.client(volume)?.within(Duration::from_secs(60)).disconnect()?;
-            }
-            // Also to prove that it is gone.
-            nbd::disconnect_and_wait(record.index, device::LET_GO)?;
-        }
-        Record::remove(&run)?;
-        self.disconnect_fuse(volume, !served)
+        self.disconnect_fuse(volume, dead)
     }
 
     fn grow_device(&self, volume: &VolumeId) -> Result<Device> {
@@ -1141,8 +1160,8 @@ impl Host for LinuxHost {
         let missing =
             || Error::refused("it has no block device").hint(format!("run: zerofsctl recover {volume}"));
         // The keeper tells the kernel of the size of an NBD device.
-        if device::ours(&self.dirs.volume_run(volume), volume)?.is_some() {
-            return self.nbd_device(volume);
+        if let Some(device) = device::nbd_device(&self.dirs.volume_run(volume), volume)? {
+            return Ok(device);
         }
         let device = loopdev::find(&file)?.ok_or_else(missing)?;
         loopdev::grow(&device.path, &file)?;

@@ -212,6 +212,8 @@ pub struct DeviceView {
     pub transport: Option<Transport>,
     /// The path of an NBD device.
     pub path: Option<IoPath>,
+    /// An NBD device is on record, whether the kernel still has it or not.
+    pub record: bool,
     /// Whether it answers.
     pub life: Life,
 }
@@ -219,7 +221,7 @@ pub struct DeviceView {
 impl DeviceView {
     /// Nothing is there.
     pub fn is_absent(&self) -> bool {
-        !self.fuse && self.device.is_none()
+        !self.fuse && !self.record && self.device.is_none()
     }
 
     /// Everything that belongs to the device is there.
