@@ -18,10 +18,14 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::error::{Doing, Error, Kind, Result};
+use crate::host::linux::{Dirs, LinuxHost, Parts, Storage};
+use crate::host::{Life, Observe, device};
 use crate::journal;
-use crate::keeper::PID_FILE;
 use crate::keeper::process::{Identity, Process};
-use crate::ops::take_over::TakeOver;
+use crate::keeper::{OWN_EXE, PID_FILE};
+use crate::ops::{self, take_over::TakeOver};
+use crate::run::{Engine, Silent};
+use crate::settings::{self, S3Settings, Settings, Sources};
 use crate::values::VolumeId;
 
 /// Held by the watcher of a run folder.
@@ -136,9 +140,13 @@ impl Event {
             Event::TookOver { elapsed, .. } => {
                 format!("the next keeper took over its device after {:.3} s", elapsed.as_secs_f64())
             }
-            Event::Held { pid, .. } => format!("a command is at work on it (pid {pid}): left alone meanwhile"),
+            Event::Held { pid, .. } => {
+                format!("a command is at work on it (pid {pid}): left alone meanwhile")
+            }
             Event::Wreck { volume } => {
-                format!("its keeper is gone, and its device only gives errors; run: zerofsctl recover {volume}")
+                format!(
+                    "its keeper is gone, and its device only gives errors; run: zerofsctl recover {volume}"
+                )
             }
             Event::Failed { error, again, .. } => {
                 let hint = error.hint_text().map(|h| format!("; hint: {h}")).unwrap_or_default();
@@ -366,6 +374,60 @@ impl Watcher {
         while self.inotify.read_events().is_ok_and(|events| !events.is_empty()) {}
         let _ = self.wake.read();
         Ok(stopped)
+    }
+}
+
+/// Settles volumes that are attached here, with nothing but what their attach left: neither settings nor password.
+#[derive(Debug, Clone)]
+pub struct Settler {
+    dirs: Dirs,
+    node: String,
+}
+
+impl Settler {
+    /// For the volumes of these roots, on the node of that name.
+    pub fn new(dirs: Dirs, node: String) -> Settler {
+        Settler { dirs, node }
+    }
+
+    fn settings(&self) -> Result<Settings> {
+        let none = Sources { config: None, secrets: &[], storage_url: None, env: &|_| None };
+        settings::load(&none).map(|(settings, _)| settings)
+    }
+
+    /// The host of one volume.
+    pub fn host(&self, volume: &VolumeId) -> Result<LinuxHost> {
+        let storage = match LinuxHost::saved_storage(&self.dirs, volume)? {
+            Some(storage) => storage,
+            None => Storage { url: self.dirs.embedded_store()?, s3: S3Settings::default() },
+        };
+        LinuxHost::new(Parts {
+            dirs: self.dirs.clone(),
+            storage,
+            settings: self.settings()?,
+            password: None,
+            // Named by keeper.json.
+            zerofs: "zerofs".into(),
+            program: OWN_EXE.into(),
+            node: self.node.clone(),
+            only_looks: true,
+            progress: Box::new(|_, _, _| {}),
+        })
+    }
+}
+
+impl Volumes for Settler {
+    fn has_device(&self, volume: &VolumeId) -> Result<bool> {
+        device::may_be_taken_over(&self.dirs.volume_run(volume), volume)
+    }
+
+    fn take_over(&self, volume: &VolumeId) -> Result<TakeOver> {
+        let host = self.host(volume)?;
+        // A look without the lock: taking it, even for an instant, could fail the command that wants it.
+        if host.device(volume)?.life == Life::Served {
+            return Ok(TakeOver::NotNeeded);
+        }
+        ops::take_over::take_over(&Engine { host: &host, observer: &Silent }, &self.dirs.run, volume)
     }
 }
 

@@ -122,7 +122,11 @@ pub(super) fn options(request: &ConnectRequest) -> ConnectOptions {
 }
 
 /// Which transport to take. Loads nothing; `ready` tells whether kernel NBD can be used.
-fn pick(wanted: Transport, ready: impl FnOnce() -> Result<()>, fuse: impl FnOnce() -> Result<()>) -> Result<Transport> {
+fn pick(
+    wanted: Transport,
+    ready: impl FnOnce() -> Result<()>,
+    fuse: impl FnOnce() -> Result<()>,
+) -> Result<Transport> {
     match wanted {
         Transport::Nbd => ready().map(|()| Transport::Nbd),
         Transport::Fuse => fuse().map(|()| Transport::Fuse),

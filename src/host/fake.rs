@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::{
-    ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, IoPath, KeeperOptions, KeeperView, Life,
-    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User,
+    ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, IoPath, KeeperOptions, KeeperView,
+    Life, MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User,
 };
 use crate::error::{Error, Kind, Result};
 use crate::host::{CheckResult, Device};

@@ -13,8 +13,8 @@ use zeroize::Zeroizing;
 use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
-    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, device, loopdev, mounts,
-    nbd, signature, users,
+    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, device, loopdev,
+    mounts, nbd, signature, users,
 };
 use crate::catalog::{
     Catalog, ClaimOptions, ClaimedAs, DataPrefix, Family, Owner, Relation, Release, StorageUrl, Tag,

@@ -30,7 +30,9 @@ impl Act for GrowDevice {
         let device = device_name(facts);
         match facts.transport {
             // No program does this: it is one message of the kernel's netlink family nbd.
-            Some(Transport::Nbd) => format!("# NBD_CMD_RECONFIGURE of {device} with SIZE_BYTES={}", self.size.bytes()),
+            Some(Transport::Nbd) => {
+                format!("# NBD_CMD_RECONFIGURE of {device} with SIZE_BYTES={}", self.size.bytes())
+            }
             _ => format!("losetup --set-capacity {device}"),
         }
     }

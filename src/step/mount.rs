@@ -76,8 +76,9 @@ impl Act for Mount {
                 Error::new(Kind::Conflict, format!("it is mounted read-write at {}", self.target))
             } else {
                 // The kernel turns a filesystem read-only when it saw an error.
-                return Err(Error::refused(format!("it has become read-only at {}", self.target))
-                    .hint(format!("mount it anew: zerofsctl recover {volume}; or detach it and attach it again")));
+                return Err(Error::refused(format!("it has become read-only at {}", self.target)).hint(
+                    format!("mount it anew: zerofsctl recover {volume}; or detach it and attach it again"),
+                ));
             }
             .hint(format!("detach it and attach it again: zerofsctl detach {volume}")));
         }
