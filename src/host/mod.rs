@@ -22,6 +22,7 @@ mod fssize;
 pub mod linux;
 pub mod loopdev;
 pub mod mounts;
+pub mod nbd;
 pub mod programs;
 pub mod signature;
 pub mod users;
