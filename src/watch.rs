@@ -28,9 +28,6 @@ use crate::run::{Engine, Silent};
 use crate::settings::{self, S3Settings, Settings, Sources};
 use crate::values::VolumeId;
 
-/// Held by the watcher of a run folder.
-const LOCK: &str = "watch.lock";
-
 /// A look at everything, should an event ever be lost.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
@@ -197,7 +194,7 @@ impl Watcher {
     pub fn new(run_dir: &Path, volumes: Arc<dyn Volumes>) -> Result<Watcher> {
         let folder = run_dir.join("volumes");
         journal::private_folder(&folder)?;
-        let path = run_dir.join(LOCK);
+        let path = run_dir.join(journal::WATCH_LOCK);
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
         let lock = lock.doing("open", &path)?;
         match lock.try_lock() {

@@ -132,11 +132,14 @@ fn story_with_watcher(fs: &str) {
     let writer = Writer::start(&Path::new(&m).join("stream"));
     for round in 1..=3 {
         assert!(node.kill(Victim::Keeper));
-        watch.wait_for("took-over", round);
+        // A command meanwhile waits for the watcher, or goes first.
+        node.ok(&["attach", "vol1", "--target", &m]);
+        wait_until("the next keeper serves", LONG, || node.found("vol1")["reconnects"] == round);
     }
+    let taken = watch.count("took-over");
     // With its server, too.
     assert!(node.kill(Victim::Both));
-    watch.wait_for("took-over", 4);
+    watch.wait_for("took-over", taken + 1);
     let bytes = writer.stop();
     assert_holds(&Path::new(&m).join("stream"), &bytes, "after four keepers");
 
@@ -300,6 +303,44 @@ fn nbd_after_the_kernel_gave_up_waiting_recover_mounts_anew() {
     assert_eq!(node.found("vol1")["state"], "attached");
     assert_holds(&Path::new(&m).join("data"), &bytes, "what was synced is there");
     write_durably(&late, &bytes);
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("at the end");
+}
+
+#[test]
+fn nbd_a_raw_device_waits_and_without_a_server_is_freed_by_force() {
+    let node = node();
+    let before = connected();
+    let link = node.target("disk");
+    let bytes = pattern(15, 2 * MIB);
+    let attach = ["attach", "vol1", "--target", &link, "--size", "256Mi", "--block", "--transport", "nbd"];
+    node.ok(&attach);
+    let write = |at: u64| {
+        let file = File::options().write(true).open(&link).unwrap();
+        file.write_all_at(&bytes, at).and_then(|()| file.sync_all())
+    };
+    write(0).unwrap();
+    assert!(node.kill(Victim::Both));
+    node.ok(&["recover", "vol1"]);
+    write(8 << 20).unwrap();
+    assert!(node.kill(Victim::Keeper));
+    let (store, away) = (node.state().join("store"), node.state().join("store.away"));
+    fs::rename(&store, &away).unwrap();
+    fs::write(&store, b"not a folder").unwrap();
+    assert!(node.kill(Victim::Zerofs));
+    node.run(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
+    assert_eq!(connected(), before, "the device is free");
+    fs::remove_file(&store).unwrap();
+    fs::rename(&away, &store).unwrap();
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("once the store is back");
+    node.ok(&attach);
+    for at in [0, 8 << 20] {
+        let mut read = vec![0; bytes.len()];
+        File::open(&link).unwrap().read_exact_at(&mut read, at).unwrap();
+        assert!(read == bytes, "what was synced at {at} is there");
+    }
     node.ok(&["detach", "vol1"]);
     assert_eq!(connected(), before);
     node.assert_nothing_left("at the end");

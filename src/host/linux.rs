@@ -1148,8 +1148,17 @@ impl Host for LinuxHost {
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let run = self.dirs.volume_run(volume);
         if Record::read(&run)?.is_some() {
-            let keeper = self.status(volume)?.map(|_| self.client(volume)).transpose()?;
-            device::disconnect(&run, volume, dead, keeper)?;
+            let keeper = || self.status(volume)?.map(|_| self.client(volume)).transpose();
+            match device::disconnect(&run, volume, dead, keeper()?) {
+                Err(e)
+                    if !dead && self.force && matches!(e.kind(), Kind::Unreachable | Kind::Interrupted) =>
+                {
+                    tracing::warn!(%volume, "{}: its device is failed by force; what was cached, but not acknowledged, is lost", e.message());
+                    *self.failed.borrow_mut() = true;
+                    device::disconnect(&run, volume, true, keeper()?)?;
+                }
+                other => other?,
+            }
         }
         self.disconnect_fuse(volume, dead)
     }
