@@ -36,11 +36,7 @@ fn outside_view(device: &Device) -> (bool, u64, bool) {
     let path = device.path();
     let path = path.to_str().unwrap();
     let number = |what| run("blockdev", &[what, path]).trim().parse::<u64>().unwrap();
-    (
-        try_run("nbd-client", &["-c", path]).status.success(),
-        number("--getsize64"),
-        number("--getro") == 1,
-    )
+    (try_run("nbd-client", &["-c", path]).status.success(), number("--getsize64"), number("--getro") == 1)
 }
 
 fn assert_free(index: u32) {
@@ -234,7 +230,7 @@ fn nbd_kernel_a_server_that_is_stopped_is_waited_for_without_an_error() {
         let mut server = Nbdkit::memory(dir, "server", 16 * MIB);
         let device = Device::connect(&server, 2, |_| ());
         let file = device.open_direct();
-        server.server().signal(Signal::SIGSTOP);
+        server.server().stop();
         let writer = thread::spawn({
             let file = file.try_clone().unwrap();
             move || Block::of(5).write(&file, 5)

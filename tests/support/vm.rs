@@ -81,6 +81,19 @@ impl Victim {
         kill(Pid::from_raw(self.pid()), signal).expect("a child that is not waited for takes signals");
     }
 
+    /// SIGSTOP, and every thread of it stands still when this returns: a thread on its way may answer once more.
+    #[track_caller]
+    pub fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        let threads = PathBuf::from(format!("/proc/{}/task", self.pid()));
+        wait_until("every thread has stopped", LONG, || {
+            fs::read_dir(&threads).expect("the process is there").flatten().all(|thread| {
+                let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+                stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+            })
+        });
+    }
+
     /// Whether it has not ended.
     pub fn is_alive(&mut self) -> bool {
         self.0.try_wait().expect("a child can be asked").is_none()
