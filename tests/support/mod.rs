@@ -8,6 +8,7 @@
 pub mod cli;
 pub mod dir;
 pub mod fio;
+pub mod forgetful;
 pub mod http;
 pub mod keeper;
 pub mod moto;
