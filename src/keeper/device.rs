@@ -1,5 +1,7 @@
 //! The volume's device of the kernel's nbd driver: connected, taken over from a keeper that died, grown, disconnected.
 //!
+//! The keeper never does I/O on its own device, nor anything else that waits for it ([`apart`] says why).
+//!
 //! The record `nbd.json` in the run folder says what the next keeper needs to know. It is written before the device is
 //! connected and removed after it has gone, so a device without a record is one that was never used. On kernels from
 //! 5.14 on the device itself says whose it is; on older ones the index in the record is all there is.
@@ -11,7 +13,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,7 +26,7 @@ use tracing::{error, info, warn};
 use super::control::{ConnectOptions, NbdPath, NbdStatus, State};
 use super::process::{Exit, boot_id, write_json};
 use super::service::{Shared, stopping_error};
-use super::{lock, thread};
+use super::{apart, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::nbd::{self, netlink, sysfs};
 use crate::zerofs::nbd::{TransmissionFlags, handshake};
@@ -36,14 +37,22 @@ pub const RECORD: &str = "nbd.json";
 
 /// The logical block size of a device: 512 as with the other transports, so that filesystems move between them.
 const BLOCK_SIZE: u64 = 512;
+/// The sockets of a guarded device. With one, the kernel only looks after requests that are not answered in time; with
+/// several it would give up the socket of a slow request, and send that request again while the first is still held.
+const GUARDED_SOCKETS: usize = 1;
+/// How often the kernel looks after requests without an answer on a guarded device: those that a dead keeper had taken
+/// are sent to the next one no sooner than that.
+const LOOK_AFTER: Duration = Duration::from_millis(500);
+/// The same on the direct path, where a request that is sent again may overtake itself in ZeroFS: practically never.
+const LOOK_AFTER_DIRECT: Duration = Duration::from_secs(24 * 3600);
 /// How long a flush before a disconnect may take.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 /// How long the kernel may take to let go of a device.
 const LET_GO_LIMIT: Duration = Duration::from_secs(30);
 /// How long the kernel may take to see that the sockets of a dead keeper are dead.
 const TAKE_LIMIT: Duration = Duration::from_secs(20);
-/// How long a device that was given new sockets may take to answer a read.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How long the kernel may take to change a device's settings, for which it lets all I/O in flight end.
+const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the next keeper of the volume must know of its device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,7 +239,7 @@ impl Shared {
             failed: None,
         };
         let made = match options.path {
-            NbdPath::Guarded => self.guarded_sockets(self.config.connections.max(1), record.read_only),
+            NbdPath::Guarded => self.guarded_sockets(GUARDED_SOCKETS, record.read_only),
             NbdPath::Direct => self.direct_sockets(),
         };
         let (kernel_ends, flags) = made?;
@@ -262,7 +271,7 @@ impl Shared {
             *lock(&self.device.direct) = kernel_ends;
         }
         info!("/dev/nbd{index} is connected, {} path, {size} bytes", record.path.name());
-        self.tune(index);
+        self.tune(index, record.path);
         self.listen_for_dead_links();
         Ok((index, size))
     }
@@ -302,14 +311,20 @@ impl Shared {
     }
 
     /// Sets the queue for the job; a device works without that too.
-    fn tune(&self, index: u32) {
+    fn tune(&self, index: u32, path: NbdPath) {
+        let look_after = match path {
+            NbdPath::Guarded => LOOK_AFTER,
+            NbdPath::Direct => LOOK_AFTER_DIRECT,
+        };
         let queue = sysfs::Queue {
             // The guard and ZeroFS order requests themselves.
             scheduler: Some("none".into()),
             read_ahead_kib: Some(4096),
             max_request_kib: Some(1024),
+            io_timeout_ms: Some(look_after.as_millis() as u64),
         };
-        if let Err(e) = sysfs::set_queue(index, &queue) {
+        let set = || sysfs::set_queue(index, &queue).map_err(|_| libc::EIO);
+        if let Err(e) = apart::run(&format!("set the queue of /dev/nbd{index}"), CHANGE_LIMIT, set) {
             warn!("the queue of /dev/nbd{index} is left as it is: {e}");
         }
     }
@@ -458,9 +473,6 @@ impl Shared {
         record.reconnects += 1;
         self.remember(&record)?;
         info!("/dev/nbd{index} has new sockets");
-        if !fenced {
-            self.see_that_it_answers(index)?;
-        }
         Ok(())
     }
 
@@ -476,27 +488,6 @@ impl Shared {
         }
         self.data.serve_nbd(ours, read_only)?;
         Ok(theirs)
-    }
-
-    /// A kernel that has waited for too long takes new sockets and fails all I/O nevertheless: only a read tells.
-    fn see_that_it_answers(&self, index: u32) -> Result<()> {
-        let (tell, told) = std::sync::mpsc::sync_channel(1);
-        let spawned = thread("first-read", move || {
-            let _ = tell.send(read_first_block(index));
-        });
-        spawned.doing("start a thread of", "the keeper")?;
-        match told.recv_timeout(ANSWER_LIMIT) {
-            Ok(Err(e)) if e.raw_os_error() == Some(libc::EIO) => Err(Error::new(
-                Kind::NotFound,
-                format!("the kernel has given /dev/nbd{index} up: nobody took it over in time"),
-            )),
-            Ok(Err(e)) => {
-                warn!("cannot read from /dev/nbd{index} after the take-over: {e}");
-                Ok(())
-            }
-            // One that is slow is not dead: the server may be gone again.
-            Ok(Ok(())) | Err(_) => Ok(()),
-        }
     }
 
     // --- growing, ending --------------------------------------------------------------------------------
@@ -522,15 +513,14 @@ impl Shared {
         }
         let bytes_in_blocks = bytes - bytes % BLOCK_SIZE;
         if bytes_in_blocks > shown.size.0 {
-            netlink::reconfigure(
-                index,
-                &netlink::Reconfigure {
-                    sockets: &[],
-                    size: Some(bytes_in_blocks),
-                    backend: shown.backend.as_deref(),
-                    dead_conn_timeout: Some(record.limit()),
-                },
-            )?;
+            let grow = netlink::Reconfigure {
+                sockets: &[],
+                size: Some(bytes_in_blocks),
+                backend: shown.backend.as_deref(),
+                dead_conn_timeout: Some(record.limit()),
+            };
+            let what = format!("grow /dev/nbd{index} to {bytes_in_blocks} bytes");
+            apart::run(&what, CHANGE_LIMIT, || netlink::reconfigure(index, &grow).map_err(|_| libc::EIO))?;
             let now = sysfs::one(index)?.map_or(0, |d| d.size.0);
             if now != bytes_in_blocks {
                 return Err(Error::failed(format!(
@@ -568,13 +558,13 @@ impl Shared {
         self.forget_device()
     }
 
-    /// Writes out what the kernel has cached of the device, and flushes.
+    /// Makes everything durable that was acknowledged. What the kernel cached of the device it has written when the last
+    /// user closed it. Never by way of the device itself: see [`apart`].
     fn flush_device(&self, index: u32) -> Result<()> {
         let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let data = Arc::clone(&self.data);
         let spawned = thread("flush-device", move || {
-            let path = sysfs::path(index);
-            let synced = std::fs::File::open(&path).and_then(|f| f.sync_all());
-            let _ = tell.send(synced.doing("flush", &path));
+            let _ = tell.send(data.flush());
         });
         spawned.doing("start a thread of", "the keeper")?;
         let slow = |_| {
@@ -733,18 +723,6 @@ fn server_flags(server: TransmissionFlags, path: NbdPath, read_only: bool) -> u6
     offer(server.can_multi_conn() || guarded, netlink::SERVER_CAN_MULTI_CONN);
     offer(read_only, netlink::SERVER_READ_ONLY);
     flags
-}
-
-/// Reads the first block past all caches.
-fn read_first_block(index: u32) -> io::Result<()> {
-    let device = std::fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
-        .open(sysfs::path(index))?;
-    // Aligned to a page within a larger buffer, as direct I/O wants.
-    let mut buffer = vec![0u8; 8192];
-    let start = buffer.as_ptr().align_offset(4096);
-    device.read_exact_at(&mut buffer[start..start + 4096], 0)
 }
 
 #[cfg(test)]

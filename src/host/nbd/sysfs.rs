@@ -132,6 +132,11 @@ pub struct Queue {
     pub read_ahead_kib: Option<u64>,
     /// The largest request, in KiB; at most what the kernel allows for the device.
     pub max_request_kib: Option<u64>,
+    /// After how long the driver looks after a request without an answer, in milliseconds. A connect sets it to 30 s.
+    ///
+    /// With one socket and no I/O time-out, looking after means: sent again if the socket was replaced, else a line in
+    /// the kernel's log. With several sockets, the socket is **given up** and the request sent on another one.
+    pub io_timeout_ms: Option<u64>,
 }
 
 /// What a device's queue is set to.
@@ -155,6 +160,7 @@ fn queue_in(block: &Path, index: u32) -> Result<Queue> {
         }),
         read_ahead_kib: number("read_ahead_kb")?,
         max_request_kib: number("max_sectors_kb")?,
+        io_timeout_ms: number("io_timeout")?,
     })
 }
 
@@ -169,6 +175,7 @@ fn set_queue_in(block: &Path, index: u32, queue: &Queue) -> Result<()> {
     };
     set("scheduler", queue.scheduler.clone())?;
     set("read_ahead_kb", queue.read_ahead_kib.map(|n| n.to_string()))?;
+    set("io_timeout", queue.io_timeout_ms.map(|n| n.min(u32::MAX.into()).to_string()))?;
     let limit = text(&dir.join("max_hw_sectors_kb"))?.and_then(|t| t.parse().ok()).unwrap_or(u64::MAX);
     set("max_sectors_kb", queue.max_request_kib.map(|n| n.min(limit).to_string()))
 }
@@ -243,6 +250,7 @@ mod tests {
                 ("queue/read_ahead_kb", "128\n"),
                 ("queue/max_sectors_kb", "1280\n"),
                 ("queue/max_hw_sectors_kb", "32768\n"),
+                ("queue/io_timeout", "30000\n"),
             ],
         )]);
         let before = queue_in(dir.path(), 0).unwrap();
@@ -251,6 +259,7 @@ mod tests {
             scheduler: Some("none".into()),
             read_ahead_kib: Some(4096),
             max_request_kib: Some(1 << 20),
+            io_timeout_ms: Some(500),
         };
         set_queue_in(dir.path(), 0, &wanted).unwrap();
         let after = queue_in(dir.path(), 0).unwrap();
