@@ -8,7 +8,7 @@ export ZEROFSCTL_TOOLS ?= $(HOME)/.cache/zerofsctl/tools
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-long check fmt lint scripts-lint deny generate generated bench install clean
+.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench install clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,18 @@ build: ## The release binary
 	$(CARGO) build --locked --release --bin zerofsctl
 
 test: ## All tests, with what they need: needs root
-	@scripts/setup test
+	@scripts/setup test vm
 	$(CARGO) test --locked
+	@scripts/vm-test
+
+test-vm: ## The tests of kernel NBD alone, in machines that have it: needs root
+	@scripts/setup test vm
+	@scripts/vm-test
+
+# For those whose own kernel has the module. Disconnects only what the tests connected.
+test-nbd: ## The same on this machine: needs root and the kernel's nbd module (modprobe nbd nbds_max=64)
+	@scripts/setup test
+	@scripts/vm-test here
 
 # The same tests, with more cases of each property and more rounds of each crash test.
 test-long: export ZEROFSCTL_CASES ?= 5000
@@ -44,7 +54,7 @@ lint: ## clippy, where a warning is an error
 
 scripts-lint: ## shellcheck on the scripts
 	@scripts/setup check
-	shellcheck .ci/run $$(grep -l '^#!.*bash' scripts/*)
+	shellcheck .ci/run $$(grep -ls '^#!.*sh$$' scripts/* scripts/vm.d/*)
 
 deny: ## Licences, advisories, sources and banned crates
 	@scripts/setup check
@@ -73,6 +83,8 @@ install: ## The program, its man pages and completions below PREFIX (/usr/local)
 	install -Dm755 $(CARGO_TARGET_DIR)/release/zerofsctl $(DESTDIR)$(PREFIX)/bin/zerofsctl
 	install -d $(DESTDIR)$(PREFIX)/share/man/man1
 	install -m644 man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's#/usr/local/#$(PREFIX)/#' deploy/systemd/zerofsctl-watch.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/zerofsctl-watch.service
 	install -Dm644 completions/zerofsctl.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/zerofsctl
 	install -Dm644 completions/_zerofsctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_zerofsctl
 	install -Dm644 completions/zerofsctl.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/zerofsctl.fish

@@ -1,178 +1,24 @@
 //! The data path with real threads and sockets: against a server in this process that forgets unflushed writes,
 //! stalls, lies and grows, and (tests with `root_`) against nbdkit through FUSE and a loop device.
 
-use std::collections::HashMap;
+mod support;
+
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
-use std::net::Shutdown;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Program, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use support::forgetful::{Asks, Disk, Server};
 use tempfile::TempDir;
 use zerofsctl::error::{Error, Kind, Result};
 use zerofsctl::keeper::path::{DataEvent, DataPath, DataPathConfig, LogState, Op, Prober};
-use zerofsctl::zerofs::nbd::{Command, RequestHeader, SimpleReply};
-
-// ---- A server that is as bad as ZeroFS can be.
-
-#[derive(Default)]
-struct Disk {
-    volatile: Vec<u8>,
-    durable: Vec<u8>,
-    /// The size that new connections are told.
-    size: usize,
-    counts: HashMap<u16, u64>,
-    open_streams: Vec<UnixStream>,
-    /// Reads give zeros, the rest EIO; flush says OK.
-    closed: bool,
-    /// Flush says OK and does nothing, and admits it.
-    lies: bool,
-    admitted: Option<Instant>,
-    errors: Vec<u32>,
-}
-
-/// One life of a server.
-struct Server {
-    disk: Arc<Mutex<Disk>>,
-    listener: UnixListener,
-    alive: Arc<AtomicBool>,
-    /// Requests wait while this is true, as those of a stopped process do.
-    stopped: Arc<(Mutex<bool>, Condvar)>,
-}
-
-impl Server {
-    fn start(dir: &Path, disk: &Arc<Mutex<Disk>>) -> Server {
-        let path = dir.join("nbd.sock");
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(path).unwrap();
-        {
-            let mut disk = disk.lock().unwrap();
-            (disk.closed, disk.lies, disk.admitted) = (false, false, None);
-        }
-        let server = Server {
-            disk: Arc::clone(disk),
-            listener,
-            alive: Arc::new(AtomicBool::new(true)),
-            stopped: Arc::default(),
-        };
-        let (listener, disk) = (server.listener.try_clone().unwrap(), Arc::clone(disk));
-        let (alive, stopped) = (Arc::clone(&server.alive), Arc::clone(&server.stopped));
-        std::thread::spawn(move || {
-            while let Ok((stream, _)) = listener.accept() {
-                if !alive.load(Ordering::SeqCst) {
-                    break;
-                }
-                disk.lock().unwrap().open_streams.push(stream.try_clone().unwrap());
-                let (disk, alive, stopped) = (Arc::clone(&disk), Arc::clone(&alive), Arc::clone(&stopped));
-                std::thread::spawn(move || serve(stream, &disk, &alive, &stopped));
-            }
-        });
-        server
-    }
-
-    /// SIGKILL: what was not flushed is forgotten.
-    fn kill(self) {
-        let mut disk = self.disk.lock().unwrap();
-        self.alive.store(false, Ordering::SeqCst);
-        disk.volatile = disk.durable.clone();
-        for stream in disk.open_streams.drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        drop(disk);
-        *self.stopped.0.lock().unwrap() = false;
-        self.stopped.1.notify_all();
-        // SAFETY: a plain call on our own descriptor; it ends the accepting thread.
-        unsafe { libc::shutdown(std::os::fd::AsRawFd::as_raw_fd(&self.listener), libc::SHUT_RDWR) };
-    }
-
-    fn stop(&self, stopped: bool) {
-        *self.stopped.0.lock().unwrap() = stopped;
-        self.stopped.1.notify_all();
-    }
-}
-
-fn serve(
-    mut s: UnixStream,
-    disk: &Mutex<Disk>,
-    alive: &AtomicBool,
-    stopped: &(Mutex<bool>, Condvar),
-) -> Option<()> {
-    // Fixed newstyle, OPT_GO only: all that our client asks for.
-    s.write_all(b"NBDMAGICIHAVEOPT\0\x03").ok()?;
-    let mut head = [0; 4 + 16];
-    s.read_exact(&mut head).ok()?;
-    let len = u32::from_be_bytes(head[16..].try_into().unwrap());
-    s.read_exact(&mut vec![0; len as usize]).ok()?;
-    let size = disk.lock().unwrap().size as u64;
-    let reply = |kind: u32, data: &[u8]| {
-        let mut out = 0x0003_e889_0455_65a9_u64.to_be_bytes().to_vec();
-        out.extend([7u32, kind, data.len() as u32].iter().flat_map(|n| n.to_be_bytes()));
-        out.extend(data);
-        out
-    };
-    // Has flags, flush, FUA, trim, zeroes, multi-conn.
-    let info = [&[0, 0][..], &size.to_be_bytes(), &0b1_0110_1101_u16.to_be_bytes()].concat();
-    s.write_all(&[reply(3, &info), reply(1, &[])].concat()).ok()?;
-    loop {
-        let mut raw = [0; RequestHeader::LEN];
-        s.read_exact(&mut raw).ok()?;
-        let request = RequestHeader::decode(&raw).ok()?;
-        let range = request.offset as usize..request.offset as usize + request.len as usize;
-        let mut data = Vec::new();
-        if request.command == Command::Write {
-            data.resize(request.len as usize, 0);
-            s.read_exact(&mut data).ok()?;
-        }
-        let mut wait = stopped.0.lock().unwrap();
-        while *wait {
-            wait = stopped.1.wait(wait).unwrap();
-        }
-        drop(wait);
-        let mut disk = disk.lock().unwrap();
-        if !alive.load(Ordering::SeqCst) {
-            return None;
-        }
-        *disk.counts.entry(request.command as u16).or_default() += 1;
-        let mut error = disk.errors.pop().unwrap_or(0);
-        if disk.closed && !matches!(request.command, Command::Read | Command::Flush) {
-            error = libc::EIO as u32;
-        }
-        let mut out = Vec::new();
-        if error == 0 {
-            match request.command {
-                Command::Read if disk.closed => out = vec![0; request.len as usize],
-                Command::Read => out = disk.volatile[range].to_vec(),
-                Command::Write => disk.volatile[range].copy_from_slice(&data),
-                Command::Trim | Command::WriteZeroes => disk.volatile[range].fill(0),
-                Command::Flush if disk.closed => {}
-                Command::Flush if disk.lies => disk.admitted = Some(Instant::now()),
-                Command::Flush => disk.durable = disk.volatile.clone(),
-                _ => return None,
-            }
-        }
-        drop(disk);
-        let reply = SimpleReply { error, cookie: request.cookie };
-        s.write_all(&[&reply.encode()[..], &out].concat()).ok()?;
-    }
-}
-
-struct Asks(Arc<Mutex<Disk>>);
-
-impl Prober for Asks {
-    fn database_open(&self) -> Result<bool> {
-        Ok(!self.0.lock().unwrap().closed)
-    }
-    fn flush_was_honest(&self, since: Instant) -> bool {
-        self.0.lock().unwrap().admitted.is_none_or(|at| at < since)
-    }
-}
+use zerofsctl::zerofs::nbd::Command;
 
 struct Bench {
     dir: TempDir,

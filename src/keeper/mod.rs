@@ -7,12 +7,15 @@
 //! It promises: one keeper per run folder; a second ZeroFS is never started beside a living one; and when it
 //! ends by itself, nothing of it is left but its logs and, after a forced stop, the replay log.
 
+mod apart;
 mod causes;
 pub mod client;
 pub mod control;
+pub(crate) mod device;
 pub mod fuse;
 pub mod guard;
 pub mod log;
+mod nbd;
 pub mod path;
 pub mod process;
 mod ready;
@@ -37,9 +40,10 @@ use tracing::{error, info, warn};
 
 use self::client::KeeperClient;
 use self::control::{Handler, WireError};
+use self::device::Device;
 use self::path::{DataPath, DataPathConfig};
 use self::process::{Identity, Launch, boot_id, passed_on, set_own_oom_score, write_json};
-use self::service::Shared;
+use self::service::{Desk, Shared};
 use self::supervisor::{Event, Supervisor};
 use self::watchdog::Watch;
 use crate::error::{Doing, Error, Kind, Result};
@@ -314,19 +318,22 @@ impl Keeper {
         )?);
         let (data_events, data_incoming) = mpsc::channel();
         let data = DataPath::new(data_path_config(&config, &profile), watch.clone(), data_events)?;
-        let shared = Arc::new(Shared::new(config.clone(), data.clone(), events.clone()));
+        let left = device::Record::read(&config.run_dir)?;
+        let resumes = left.is_some();
+        let device = Device::of(left);
+        let shared = Arc::new(Shared::new(config.clone(), data.clone(), events.clone(), device));
         for warning in notes.into_iter().chain(limit_problems).chain(profile.warning.clone()) {
             shared.warn(warning);
         }
         let mut supervisor = Supervisor::new(shared.clone(), watch.clone(), hooks, profile, incoming, cgroup);
         // Attach waits for ZeroFS, so it is started before everything that can be done meanwhile.
-        supervisor.start_or_adopt();
+        let adopted = supervisor.start_or_adopt(resumes);
 
         let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
             thread(name, work).doing("start a thread of", "the keeper").map(drop)
         };
         let listener = control::bind(&config.run_dir)?;
-        let handler: Arc<dyn Handler> = shared.clone();
+        let handler: Arc<dyn Handler> = Arc::new(Desk(shared.clone()));
         start("control", Box::new(move || control::serve(&listener, &handler)))?;
         let follower = watch.clone();
         start(
@@ -338,6 +345,10 @@ impl Keeper {
             }),
         )?;
         start("probe", Box::new(move || watch.probe(busy(data))))?;
+        if resumes {
+            let heir = shared.clone();
+            start("take-over", Box::new(move || heir.take_over_device(adopted)))?;
+        }
         let told = events.clone();
         start(
             "data-events",

@@ -8,10 +8,12 @@
 pub mod cli;
 pub mod dir;
 pub mod fio;
+pub mod forgetful;
 pub mod http;
 pub mod keeper;
 pub mod moto;
 pub mod proxy;
+pub mod vm;
 pub mod zerofs;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,94 @@
+//! Work that may get stuck in the kernel, done in a process of its own.
+//!
+//! A keeper must always be killable: while one of its threads waits inside the kernel for I/O on the keeper's own device,
+//! a SIGKILL does not end the process, its sockets stay open, and the kernel goes on waiting for answers that nobody will
+//! give. So whatever may wait for the device (a freeze of its queue, above all) happens in a child that holds none of the
+//! keeper's descriptors.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork};
+
+use crate::error::{Error, Kind, Result};
+
+/// Runs `work` in a child without the keeper's descriptors, and waits for it up to `limit`; `what` names it in errors.
+///
+/// `work` gives an errno on failure. It runs after a fork of a process with threads: it must not log, nor lock anything
+/// that another thread may hold (memory allocation is fine).
+pub(super) fn run(what: &str, limit: Duration, work: impl FnOnce() -> Result<(), i32>) -> Result<()> {
+    // SAFETY: the child allocates at most, which the C library keeps usable across a fork, opens descriptors of its own,
+    // and ends by _exit, so that nothing of the parent's is torn down.
+    let child = match unsafe { fork() } {
+        Ok(ForkResult::Parent { child }) => child,
+        Ok(ForkResult::Child) => {
+            // SAFETY: plain system calls; whatever these descriptors belong to is not used again in this process.
+            unsafe {
+                libc::close_range(3, libc::c_uint::MAX, 0);
+                let code = match work() {
+                    Ok(()) => 0,
+                    Err(errno) => errno.clamp(1, 250),
+                };
+                libc::_exit(code)
+            }
+        }
+        Err(e) => return Err(Error::environment(format!("cannot start a process to {what}: {e}"))),
+    };
+    let begun = Instant::now();
+    loop {
+        match waitpid(child, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+            Ok(WaitStatus::Exited(_, errno)) => {
+                return Err(Error::failed(format!(
+                    "cannot {what}: {}",
+                    std::io::Error::from_raw_os_error(errno)
+                )));
+            }
+            Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) if begun.elapsed() < limit => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => {
+                // Collected when it ends.
+                let _ = super::thread("apart", move || {
+                    let _ = waitpid(child, None);
+                });
+                return Err(Error::new(
+                    Kind::Unreachable,
+                    format!("not done within {:.0} s: {what}", limit.as_secs_f64()),
+                )
+                .hint("see whether ZeroFS is well: zerofsctl show VOLUME"));
+            }
+            other => return Err(Error::failed(format!("the process to {what} ended with {other:?}"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_succeeds_fails_or_takes_too_long_and_has_no_descriptor_of_ours() {
+        use std::os::fd::AsRawFd;
+        let long = Duration::from_secs(20);
+        let open = std::fs::File::open("/dev/null").unwrap();
+        let fd = open.as_raw_fd();
+        let gone = move || {
+            // SAFETY: asks about a number.
+            match unsafe { libc::fcntl(fd, libc::F_GETFD) } {
+                -1 => Ok(()),
+                _ => Err(libc::EEXIST),
+            }
+        };
+        run("look", long, gone).unwrap();
+        let e = run("fail", long, || Err(libc::ENOSPC)).unwrap_err();
+        assert_eq!(e.message(), "cannot fail: No space left on device (os error 28)");
+        let slow = || {
+            std::thread::sleep(Duration::from_millis(300));
+            Ok(())
+        };
+        let e = run("sleep", Duration::from_millis(20), slow).unwrap_err();
+        assert_eq!(e.kind(), Kind::Unreachable);
+    }
+}

@@ -1,0 +1,381 @@
+//! The NBD front end without a kernel: the test itself plays the kernel's client on the sockets, against a server that
+//! forgets what was not flushed when it is killed.
+
+mod support;
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use support::cases;
+use support::forgetful::{Asks, Disk, Server};
+use tempfile::TempDir;
+use zerofsctl::keeper::path::{DataEvent, DataPath, DataPathConfig, LogState};
+use zerofsctl::zerofs::nbd::{Command, FLAG_FUA, RequestHeader, SimpleReply};
+
+const MIB: usize = 1 << 20;
+const SIZE: usize = 16 * MIB;
+const BLOCK: usize = 4096;
+
+/// One socket, from the kernel's side.
+struct Kernel {
+    stream: UnixStream,
+    cookie: u64,
+    /// Requests in flight, and how long the data of their replies is.
+    flying: HashMap<u64, usize>,
+}
+
+impl Kernel {
+    fn new(stream: UnixStream) -> Kernel {
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+        Kernel { stream, cookie: 0, flying: HashMap::new() }
+    }
+
+    /// The bytes of a request, noted as in flight.
+    fn request(&mut self, command: Command, flags: u16, offset: usize, len: usize, data: &[u8]) -> Vec<u8> {
+        self.cookie += 1;
+        let header =
+            RequestHeader { flags, command, cookie: self.cookie, offset: offset as u64, len: len as u32 };
+        let expected = if command == Command::Read { len } else { 0 };
+        self.flying.insert(self.cookie, expected);
+        [&header.encode()[..], data].concat()
+    }
+
+    fn send(&mut self, command: Command, flags: u16, offset: usize, len: usize, data: &[u8]) -> u64 {
+        let bytes = self.request(command, flags, offset, len, data);
+        self.stream.write_all(&bytes).unwrap();
+        self.cookie
+    }
+
+    /// The next reply: which request, and its data or errno.
+    fn reply(&mut self) -> (u64, Result<Vec<u8>, u32>) {
+        let mut raw = [0; SimpleReply::LEN];
+        self.stream.read_exact(&mut raw).expect("a reply within a minute");
+        let reply = SimpleReply::decode(&raw).unwrap();
+        let len = self.flying.remove(&reply.cookie).expect("a reply to a request in flight");
+        if reply.error != 0 {
+            return (reply.cookie, Err(reply.error));
+        }
+        let mut data = vec![0; len];
+        self.stream.read_exact(&mut data).unwrap();
+        (reply.cookie, Ok(data))
+    }
+
+    fn ask(&mut self, command: Command, offset: usize, len: usize, data: &[u8]) -> Result<Vec<u8>, u32> {
+        let cookie = self.send(command, 0, offset, len, data);
+        let (answered, result) = self.reply();
+        assert_eq!(answered, cookie);
+        result
+    }
+
+    /// Whether the other side has closed the socket.
+    fn is_closed(&mut self) -> bool {
+        match self.stream.read(&mut [0]) {
+            Ok(0) => true,
+            Ok(_) => panic!("a byte that nobody asked for"),
+            Err(e) => e.kind() != ErrorKind::WouldBlock,
+        }
+    }
+}
+
+struct Bench {
+    dir: TempDir,
+    disk: Arc<Mutex<Disk>>,
+    path: Arc<DataPath>,
+    events: mpsc::Receiver<DataEvent>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk { volatile: vec![0; SIZE], durable: vec![0; SIZE], size: SIZE, ..Disk::default() };
+        let disk = Arc::new(Mutex::new(disk));
+        let config = DataPathConfig {
+            run_dir: dir.path().to_owned(),
+            export: "vol".into(),
+            connections: 4,
+            log_bytes: 8 << 20,
+            io_timeout: None,
+            volume: "vol".parse().unwrap(),
+            epoch: 1,
+            zeros_when_closed: true,
+            replay_log: true,
+        };
+        let (tell, events) = mpsc::channel();
+        let path = DataPath::new(config, Arc::new(Asks(Arc::clone(&disk))), tell).unwrap();
+        Bench { dir, disk, path, events }
+    }
+
+    fn server(&self) -> Server {
+        let server = Server::start(self.dir.path(), &self.disk);
+        self.path.server_up().unwrap();
+        server
+    }
+
+    fn sockets(&self, n: usize, read_only: bool) -> Vec<Kernel> {
+        let (ours, theirs): (Vec<_>, Vec<_>) = (0..n).map(|_| UnixStream::pair().unwrap()).unzip();
+        self.path.serve_nbd(ours, read_only).unwrap();
+        theirs.into_iter().map(Kernel::new).collect()
+    }
+
+    /// The next event of this kind.
+    fn told(&self, which: impl Fn(&DataEvent) -> bool) -> DataEvent {
+        loop {
+            let event = self.events.recv_timeout(Duration::from_secs(30)).expect("it is told");
+            if which(&event) {
+                return event;
+            }
+        }
+    }
+}
+
+/// An operation of the model: which, its first block, how many, and the byte that is written.
+type Step = (u8, usize, usize, u8);
+
+/// Runs batches of operations that do not overlap, over all sockets at once, with the server killed in the middle of
+/// some; in the end the device holds what a model holds.
+fn run_model(batches: &[(bool, Vec<Step>)], seed: u64) {
+    let bench = Bench::new();
+    let mut server = Some(bench.server());
+    let mut kernels = bench.sockets(4, false);
+    let mut truth = vec![0u8; SIZE];
+    let mut rng = StdRng::seed_from_u64(seed);
+    for (kill, steps) in batches {
+        let before = truth.clone();
+        let mut taken: Vec<(usize, usize)> = Vec::new();
+        let mut bytes = vec![Vec::new(); kernels.len()];
+        let mut reads = vec![HashMap::new(); kernels.len()];
+        for &(kind, first, blocks, value) in steps {
+            let (start, len) = (first * BLOCK, blocks.min(SIZE / BLOCK - first) * BLOCK);
+            let k = rng.random_range(0..kernels.len());
+            let kernel = &mut kernels[k];
+            if kind == 4 {
+                bytes[k].extend(kernel.request(Command::Flush, 0, 0, 0, &[]));
+                continue;
+            }
+            if taken.iter().any(|&(s, e)| start < e && s < start + len) {
+                continue;
+            }
+            taken.push((start, start + len));
+            let request = match kind {
+                0 | 1 => {
+                    truth[start..start + len].fill(value);
+                    kernel.request(
+                        Command::Write,
+                        if kind == 1 { FLAG_FUA } else { 0 },
+                        start,
+                        len,
+                        &vec![value; len],
+                    )
+                }
+                2 => {
+                    truth[start..start + len].fill(0);
+                    let command = if value % 2 == 0 { Command::Trim } else { Command::WriteZeroes };
+                    kernel.request(command, 0, start, len, &[])
+                }
+                _ => {
+                    let request = kernel.request(Command::Read, 0, start, len, &[]);
+                    reads[k].insert(kernel.cookie, start);
+                    request
+                }
+            };
+            bytes[k].extend(request);
+        }
+        std::thread::scope(|scope| {
+            for ((kernel, bytes), reads) in kernels.iter_mut().zip(&bytes).zip(&reads) {
+                let (before, seed) = (&before, rng.random());
+                scope.spawn(move || {
+                    // Sent in pieces of any length while replies are being read, as the kernel does it.
+                    let mut out = kernel.stream.try_clone().unwrap();
+                    std::thread::scope(|inner| {
+                        inner.spawn(move || {
+                            let mut rng = StdRng::seed_from_u64(seed);
+                            let mut rest = &bytes[..];
+                            while !rest.is_empty() {
+                                let n = rng.random_range(1..=rest.len().min(200_000));
+                                out.write_all(&rest[..n]).unwrap();
+                                rest = &rest[n..];
+                            }
+                        });
+                        while !kernel.flying.is_empty() {
+                            let (cookie, result) = kernel.reply();
+                            let data = result.expect("a stall is no error");
+                            if let Some(&start) = reads.get(&cookie) {
+                                assert!(data == before[start..start + data.len()], "a read at {start}");
+                            }
+                        }
+                    });
+                });
+            }
+            if *kill {
+                std::thread::sleep(Duration::from_micros(rng.random_range(0..3000)));
+                server.take().expect("there is one").kill();
+                bench.told(|e| matches!(e, DataEvent::ServerLost(_)));
+                server = Some(bench.server());
+            }
+        });
+    }
+    let kernel = &mut kernels[0];
+    for at in (0..SIZE).step_by(MIB) {
+        let found = kernel.ask(Command::Read, at, MIB, &[]).unwrap();
+        assert!(found == truth[at..at + MIB], "the MiB at {at}");
+    }
+    kernel.ask(Command::Flush, 0, 0, &[]).unwrap();
+    assert!(bench.disk.lock().unwrap().durable == truth, "flushed and not durable");
+    assert_eq!(bench.path.stats().errors, 0);
+    server.expect("there is one").kill();
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let blocks = prop_oneof![4 => 1usize..8, 2 => 8usize..64, 1 => 200usize..700];
+    (0u8..5, 0..SIZE / BLOCK, blocks, 1u8..=255)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(12), ..ProptestConfig::default() })]
+
+    #[test]
+    fn interleaved_requests_equal_a_model_with_the_server_killed_in_between(
+        batches in prop::collection::vec((prop::bool::weighted(0.3), prop::collection::vec(step(), 1..40)), 1..6),
+        seed in any::<u64>(),
+    ) {
+        run_model(&batches, seed);
+    }
+}
+
+#[test]
+fn large_requests_force_unit_access_and_unknown_commands_are_answered_as_they_should_be() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let mut kernels = bench.sockets(2, false);
+    let kernel = &mut kernels[0];
+    let data: Vec<u8> = (0..3 * MIB + 512).map(|i| (i % 251) as u8).collect();
+    kernel.ask(Command::Write, MIB, data.len(), &data).unwrap();
+    assert!(kernel.ask(Command::Read, MIB, data.len(), &[]).unwrap() == data);
+    assert!(bench.disk.lock().unwrap().durable.iter().all(|b| *b == 0));
+    kernel.send(Command::Write, FLAG_FUA, 0, 512, &[9; 512]);
+    assert_eq!(kernel.reply().1, Ok(Vec::new()));
+    assert_eq!(bench.disk.lock().unwrap().durable[..512], [9; 512]);
+    // A flush on one socket covers what was answered on another.
+    kernels[1].ask(Command::Write, 8 * MIB, 512, &[7; 512]).unwrap();
+    kernels[0].ask(Command::Flush, 0, 0, &[]).unwrap();
+    assert_eq!(bench.disk.lock().unwrap().durable[8 * MIB], 7);
+
+    let kernel = &mut kernels[0];
+    let mut unknown = kernel.request(Command::Cache, 0, 0, 512, &[]);
+    assert_eq!(kernel.ask(Command::BlockStatus, 0, 512, &[]), Err(libc::EINVAL as u32));
+    unknown[6..8].copy_from_slice(&99u16.to_be_bytes());
+    kernel.stream.write_all(&unknown).unwrap();
+    assert_eq!(kernel.reply().1, Err(libc::EINVAL as u32));
+    assert_eq!(kernel.ask(Command::Read, SIZE, 512, &[]), Err(libc::EINVAL as u32));
+    assert_eq!(kernel.ask(Command::Write, SIZE, 512, &[1; 512]), Err(libc::ENOSPC as u32));
+    assert_eq!(kernel.ask(Command::Read, 0, 33 * MIB, &[]), Err(libc::EINVAL as u32));
+    assert_eq!(kernel.ask(Command::Read, 0, 0, &[]), Ok(Vec::new()));
+    assert!(kernel.ask(Command::Read, 0, 512, &[]).unwrap() == [9; 512], "it is still in step");
+    server.kill();
+}
+
+#[test]
+fn hostile_streams_end_their_own_socket_and_no_other() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let mut kernels = bench.sockets(5, false);
+    let good = RequestHeader { flags: 0, command: Command::Write, cookie: 1, offset: 0, len: u32::MAX };
+    let (mut garbage, mut rng) = (vec![0u8; 300_000], StdRng::seed_from_u64(5));
+    rng.fill(&mut garbage[..]);
+    let too_long = good.encode().to_vec();
+    let half = RequestHeader { len: 4096, ..good }.encode()[..20].to_vec();
+    let torn = [&RequestHeader { len: 1 << 20, ..good }.encode()[..], &[1; 5000]].concat();
+    for (kernel, bytes) in kernels.iter_mut().zip([garbage, too_long, half, torn]) {
+        // It may be closed before all of that is sent.
+        let _ = kernel.stream.write_all(&bytes);
+    }
+    for kernel in &mut kernels[..2] {
+        assert!(kernel.is_closed());
+    }
+    // Those that stop in the middle hold nobody up, and what they began is not done.
+    let kernel = &mut kernels[4];
+    kernel.ask(Command::Write, 0, 4096, &[3; 4096]).unwrap();
+    assert!(kernel.ask(Command::Read, 0, 4096, &[]).unwrap() == [3; 4096]);
+    kernels.drain(2..4);
+    let kernel = &mut kernels[2];
+    assert!(kernel.ask(Command::Read, 0, 8192, &[]).unwrap() == [[3; 4096], [0; 4096]].concat());
+    kernel.ask(Command::Flush, 0, 0, &[]).unwrap();
+    assert_eq!(bench.path.log_state(), LogState::Clean);
+    // The last one that ends is told of.
+    let bye = kernel.request(Command::Disc, 0, 0, 0, &[]);
+    kernel.stream.write_all(&bye).unwrap();
+    bench.told(|e| matches!(e, DataEvent::DeviceGone(_)));
+    assert_eq!(bench.path.nbd_sockets(), 0);
+    server.kill();
+}
+
+#[test]
+fn a_read_only_device_refuses_every_change_and_stays_in_step() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, true)[0];
+    let eperm = Err(libc::EPERM as u32);
+    assert_eq!(kernel.ask(Command::Write, 0, 2 * MIB, &vec![1; 2 * MIB]), eperm);
+    assert_eq!(kernel.ask(Command::Trim, 0, 4096, &[]), eperm);
+    assert_eq!(kernel.ask(Command::WriteZeroes, 0, 4096, &[]), eperm);
+    assert_eq!(kernel.ask(Command::Flush, 0, 0, &[]), Ok(Vec::new()));
+    assert!(kernel.ask(Command::Read, 0, 4096, &[]).unwrap() == [0; 4096]);
+    server.kill();
+}
+
+#[test]
+fn a_peer_that_reads_no_replies_costs_bounded_memory_and_holds_nobody_up() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let mut kernels = bench.sockets(2, false);
+    // 4 GiB of reads, and nobody takes the data. Sent until the front end has had enough of it.
+    let deaf = &mut kernels[0];
+    deaf.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let request = deaf.request(Command::Read, 0, 0, MIB, &[]);
+    let mut sent = 0;
+    while sent < 100_000 && deaf.stream.write_all(&request).is_ok() {
+        sent += 1;
+    }
+    assert!(sent < 100_000, "it takes requests without end");
+    let other = &mut kernels[1];
+    other.ask(Command::Write, 0, 4096, &[3; 4096]).unwrap();
+    assert!(other.ask(Command::Read, 0, 4096, &[]).unwrap() == [3; 4096]);
+    let asked = bench.path.stats().reads;
+    assert!(asked < 200, "{asked} reads of 1 MiB were done for a peer that takes none");
+    server.kill();
+}
+
+#[test]
+fn while_the_server_is_away_requests_wait_and_are_done_when_it_is_back() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let mut kernels = bench.sockets(4, false);
+    kernels[0].ask(Command::Write, 0, 4096, &[1; 4096]).unwrap();
+    server.kill();
+    bench.told(|e| matches!(e, DataEvent::ServerLost(_)));
+    for (i, kernel) in kernels.iter_mut().enumerate() {
+        kernel.send(Command::Write, 0, (i + 1) * MIB, 4096, &[2; 4096]);
+    }
+    kernels[0].stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let began = Instant::now();
+    assert_eq!(kernels[0].stream.read(&mut [0; 16]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    assert!(began.elapsed() >= Duration::from_millis(200));
+    kernels[0].stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let server = bench.server();
+    for kernel in &mut kernels {
+        assert_eq!(kernel.reply().1, Ok(Vec::new()));
+    }
+    assert!(kernels[3].ask(Command::Read, 0, 4096, &[]).unwrap() == [1; 4096], "it was forgotten");
+    // A new owner: everything fails, at once and for good.
+    bench.path.fail("another node has it");
+    assert_eq!(kernels[1].ask(Command::Read, 0, 4096, &[]), Err(libc::EIO as u32));
+    assert_eq!(kernels[1].ask(Command::Write, 0, 512, &[1; 512]), Err(libc::EIO as u32));
+    server.kill();
+}
