@@ -18,6 +18,7 @@ mod fsck;
 mod generate;
 mod keeper;
 mod list;
+mod nbd;
 mod progress;
 mod recover;
 mod resize;
@@ -130,6 +131,7 @@ enum Command {
     Resize(resize::ResizeArgs),
     Fsck(fsck::FsckArgs),
     Recover(recover::RecoverArgs),
+    Nbd(nbd::NbdArgs),
     Zerofs(zerofs::ZerofsArgs),
     Demo(demo::DemoArgs),
     #[command(hide = true)]
@@ -204,6 +206,7 @@ fn run(command: Command, context: &Context) -> Result<Report> {
         Command::Resize(args) => resize::run(&args, context),
         Command::Fsck(args) => fsck::run(&args, context),
         Command::Recover(args) => recover::run(&args, context),
+        Command::Nbd(args) => nbd::run(&args, context, context.format()),
         Command::Zerofs(args) => zerofs::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
         Command::Generate(args) => generate::run(&args),

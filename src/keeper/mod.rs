@@ -53,6 +53,9 @@ pub const CONFIG: &str = "keeper.json";
 /// The keeper's identity in the run folder.
 pub const PID_FILE: &str = "keeper.pid";
 
+/// The file in the run folder that names the process of ZeroFS.
+pub const ZEROFS_PID_FILE: &str = supervisor::RECORD;
+
 /// Held by the keeper of a run folder while it lives.
 const LOCK: &str = "keeper.lock";
 
