@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::control::{
-    Answer, Line, MAX_LINE, Progress, Request, SOCKET, Status, StopOptions, Stopped, VERSION,
+    Answer, ConnectOptions, DisconnectOptions, Line, MAX_LINE, Progress, Request, SOCKET, Status,
+    StopOptions, Stopped, Transport, VERSION,
 };
 use super::path::Replayed;
 use super::process::{Identity, Process};
@@ -95,12 +96,29 @@ impl KeeperClient {
 
     /// Replays the log if need be, and mounts the FUSE file `<run>/fuse/disk`.
     pub fn mount(&mut self) -> Result<()> {
-        self.done(&Request::Connect)
+        self.done(&Request::Connect(ConnectOptions::default()))
+    }
+
+    /// Replays the log if need be, and connects an NBD device; gives its index and its size in bytes. One that is
+    /// connected already is left as it is.
+    pub fn connect_nbd(&mut self, options: &ConnectOptions) -> Result<(u32, u64)> {
+        let options = ConnectOptions { transport: Transport::Nbd, ..options.clone() };
+        match self.ask(&Request::Connect(options))? {
+            Answer::Nbd { index, bytes } => Ok((index, bytes)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Flushes, disconnects the NBD device and waits until the kernel has let go. The caller has proved that nobody uses
+    /// it: the kernel would not refuse.
+    /// With `force` without the flush, which a server that is gone for good would never answer. It may take a minute.
+    pub fn disconnect(&mut self, force: bool) -> Result<()> {
+        self.done(&Request::Disconnect(DisconnectOptions { force }))
     }
 
     /// Unmounts the FUSE file; [`Kind::Busy`] while something holds it open.
     pub fn unmount(&mut self) -> Result<()> {
-        self.done(&Request::Disconnect)
+        self.done(&Request::Disconnect(DisconnectOptions::default()))
     }
 
     /// Makes everything durable that was acknowledged.

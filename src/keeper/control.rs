@@ -2,6 +2,18 @@
 //!
 //! `keeper.sock` in the volume's run folder; one JSON object per line in each direction, each with the protocol
 //! version in `v`. A request gets one final answer; `stop` and `wait-ready` may send `progress` lines before it.
+//!
+//! What is asked and told about kernel NBD (each field has a default, so that older peers still understand):
+//!
+//! ```text
+//! {"request":"connect"}                                           mounts the FUSE file; answer "done"
+//! {"request":"connect","transport":"nbd","path":"guarded","read_only":false,
+//!  "reconnect_timeout_ms":600000}                                 answer {"answer":"nbd","index":3,"bytes":…}
+//! {"request":"disconnect","force":false}                          whichever is connected; the caller has proved that
+//!                                                                 nobody uses it; force: without the flush
+//! {"request":"resize"}                                            grows the NBD device too
+//! status: "nbd": null | {"index","path","read_only","connected","connections","reconnects",…}, see NbdStatus
+//! ```
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
@@ -56,10 +68,11 @@ pub enum Request {
         /// The time limit.
         timeout_seconds: f64,
     },
-    /// Replays the log if need be, and mounts the FUSE file.
-    Connect,
-    /// Unmounts the FUSE file.
-    Disconnect,
+    /// Replays the log if need be, and makes the volume a file or a device.
+    Connect(ConnectOptions),
+    /// Flushes, and undoes that: unmounts the FUSE file, or disconnects the NBD device. The caller has proved that
+    /// nobody uses it.
+    Disconnect(DisconnectOptions),
     /// Makes everything durable that was acknowledged.
     Flush,
     /// Learns a larger size of the device.
@@ -72,6 +85,102 @@ pub enum Request {
     Stop(StopOptions),
 }
 
+/// How the volume becomes a block device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// A file of a FUSE mount, `fuse/disk` in the run folder, for a loop device.
+    #[default]
+    Fuse,
+    /// A device of the kernel's nbd driver.
+    Nbd,
+}
+
+/// What an NBD device's sockets lead to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NbdPath {
+    /// The keeper, which makes good what a crash of ZeroFS loses.
+    #[default]
+    Guarded,
+    /// ZeroFS itself: a crash of it fails the device.
+    Direct,
+}
+
+impl NbdPath {
+    /// The name, as in the JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            NbdPath::Guarded => "guarded",
+            NbdPath::Direct => "direct",
+        }
+    }
+}
+
+/// How to connect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ConnectOptions {
+    /// What kind of device.
+    pub transport: Transport,
+    /// For NBD: what its sockets lead to.
+    pub path: NbdPath,
+    /// For NBD: the device refuses writes.
+    pub read_only: bool,
+    /// For NBD: how long the kernel holds I/O while no keeper is there, in milliseconds.
+    pub reconnect_timeout_ms: u64,
+    /// For NBD: this index; a free one of the kernel's choice when none.
+    pub index: Option<u32>,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        ConnectOptions {
+            transport: Transport::Fuse,
+            path: NbdPath::Guarded,
+            read_only: false,
+            reconnect_timeout_ms: DEFAULT_RECONNECT_TIMEOUT_MS,
+            index: None,
+        }
+    }
+}
+
+/// How to disconnect.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DisconnectOptions {
+    /// For NBD: without a flush, for a device whose server is gone for good. What was acknowledged is still in the
+    /// replay log; what the kernel has not written yet is lost.
+    pub force: bool,
+}
+
+/// How long the kernel holds the I/O of an NBD device without a server, unless told otherwise, in milliseconds.
+pub const DEFAULT_RECONNECT_TIMEOUT_MS: u64 = 600_000;
+
+/// What the keeper knows of the volume's NBD device.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NbdStatus {
+    /// The N of `/dev/nbdN`; none while it is not known yet.
+    pub index: Option<u32>,
+    /// What its sockets lead to.
+    pub path: NbdPath,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+    /// Whether it works, or only waits: false when it has failed or has gone.
+    pub connected: bool,
+    /// Sockets between the kernel and this keeper (guarded) or ZeroFS (direct) that are alive.
+    pub connections: u64,
+    /// How long the kernel holds I/O without a server, in milliseconds.
+    pub reconnect_timeout_ms: u64,
+    /// How often the device was given new sockets, by all keepers of this attach.
+    pub reconnects: u64,
+    /// How often the kernel has told of a dead socket to this keeper.
+    pub dead_connections: u64,
+    /// Why the device does not work and never will again.
+    pub failed: Option<String>,
+}
+
 /// How to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StopOptions {
@@ -80,7 +189,7 @@ pub struct StopOptions {
     /// Kills ZeroFS instead of waiting for it; what was not flushed stays in the replay log.
     #[serde(default)]
     pub force: bool,
-    /// Also when the FUSE file is still mounted.
+    /// Also when the FUSE file is still mounted, or the NBD device connected.
     #[serde(default)]
     pub even_if_mounted: bool,
 }
@@ -101,6 +210,13 @@ pub enum Answer {
     /// To `resize`.
     Size {
         /// The size of the device in bytes.
+        bytes: u64,
+    },
+    /// To `connect` with the transport `nbd`.
+    Nbd {
+        /// The N of `/dev/nbdN`.
+        index: u32,
+        /// Its size in bytes.
         bytes: u64,
     },
     /// To `connect`, `disconnect`, `flush` and `discard-log`.
@@ -241,6 +357,9 @@ pub struct Status {
     pub log: LogState,
     /// Whether the FUSE file is mounted.
     pub fuse_mounted: bool,
+    /// The NBD device, while there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd: Option<NbdStatus>,
     /// Counters of the data path.
     pub stats: Stats,
     /// What is not as asked, but no reason to stop.
@@ -373,6 +492,43 @@ mod tests {
             serde_json::to_string(&Line { v: 1, body: Answer::Error((&e).into()) }).unwrap(),
             r#"{"v":1,"answer":"error","kind":"usage","message":"no","hint":"yes"}"#
         );
+    }
+
+    #[test]
+    fn a_connect_of_an_older_client_means_fuse_and_a_new_one_says_all() {
+        let old = parse(br#"{"v":1,"request":"connect"}"#).unwrap();
+        assert_eq!(old, Request::Connect(ConnectOptions::default()));
+        let new = ConnectOptions {
+            transport: Transport::Nbd,
+            path: NbdPath::Direct,
+            read_only: true,
+            reconnect_timeout_ms: 1500,
+            index: Some(4),
+        };
+        let text = serde_json::to_string(&Line { v: 1, body: &Request::Connect(new.clone()) }).unwrap();
+        assert_eq!(
+            text,
+            r#"{"v":1,"request":"connect","transport":"nbd","path":"direct","read_only":true,"reconnect_timeout_ms":1500,"index":4}"#
+        );
+        assert_eq!(parse(text.as_bytes()).unwrap(), Request::Connect(new));
+        let few = parse(br#"{"v":1,"request":"connect","transport":"nbd"}"#).unwrap();
+        let nbd = ConnectOptions { transport: Transport::Nbd, ..ConnectOptions::default() };
+        assert_eq!(few, Request::Connect(nbd));
+        assert!(parse(br#"{"v":1,"request":"connect","transport":"ublk"}"#).is_err());
+    }
+
+    #[test]
+    fn the_state_of_a_device_survives_peers_that_know_less_or_more() {
+        let answer = Line { v: 1, body: Answer::Nbd { index: 3, bytes: 4096 } };
+        assert_eq!(
+            serde_json::to_string(&answer).unwrap(),
+            r#"{"v":1,"answer":"nbd","index":3,"bytes":4096}"#
+        );
+        let status: NbdStatus = serde_json::from_str(r#"{"index":3,"path":"direct","later":1}"#).unwrap();
+        let expected = NbdStatus { index: Some(3), path: NbdPath::Direct, ..NbdStatus::default() };
+        assert_eq!(status, expected);
+        let text = serde_json::to_string(&expected).unwrap();
+        assert_eq!(serde_json::from_str::<NbdStatus>(&text).unwrap(), expected);
     }
 
     #[test]

@@ -10,9 +10,11 @@
 mod causes;
 pub mod client;
 pub mod control;
+mod device;
 pub mod fuse;
 pub mod guard;
 pub mod log;
+mod nbd;
 pub mod path;
 pub mod process;
 mod ready;
@@ -37,9 +39,10 @@ use tracing::{error, info, warn};
 
 use self::client::KeeperClient;
 use self::control::{Handler, WireError};
+use self::device::Device;
 use self::path::{DataPath, DataPathConfig};
 use self::process::{Identity, Launch, boot_id, passed_on, set_own_oom_score, write_json};
-use self::service::Shared;
+use self::service::{Desk, Shared};
 use self::supervisor::{Event, Supervisor};
 use self::watchdog::Watch;
 use crate::error::{Doing, Error, Kind, Result};
@@ -317,19 +320,22 @@ impl Keeper {
         )?);
         let (data_events, data_incoming) = mpsc::channel();
         let data = DataPath::new(data_path_config(&config, &profile), watch.clone(), data_events)?;
-        let shared = Arc::new(Shared::new(config.clone(), data.clone(), events.clone()));
+        let left = device::Record::read(&config.run_dir)?;
+        let resumes = left.is_some();
+        let device = Device::of(left);
+        let shared = Arc::new(Shared::new(config.clone(), data.clone(), events.clone(), device));
         for warning in notes.into_iter().chain(limit_problems).chain(profile.warning.clone()) {
             shared.warn(warning);
         }
         let mut supervisor = Supervisor::new(shared.clone(), watch.clone(), hooks, profile, incoming, cgroup);
         // Attach waits for ZeroFS, so it is started before everything that can be done meanwhile.
-        supervisor.start_or_adopt();
+        let adopted = supervisor.start_or_adopt(resumes);
 
         let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
             thread(name, work).doing("start a thread of", "the keeper").map(drop)
         };
         let listener = control::bind(&config.run_dir)?;
-        let handler: Arc<dyn Handler> = shared.clone();
+        let handler: Arc<dyn Handler> = Arc::new(Desk(shared.clone()));
         start("control", Box::new(move || control::serve(&listener, &handler)))?;
         let follower = watch.clone();
         start(
@@ -341,6 +347,10 @@ impl Keeper {
             }),
         )?;
         start("probe", Box::new(move || watch.probe(busy(data))))?;
+        if resumes {
+            let heir = shared.clone();
+            start("take-over", Box::new(move || heir.take_over_device(adopted)))?;
+        }
         let told = events.clone();
         start(
             "data-events",

@@ -30,9 +30,10 @@ use super::fuse;
 use super::guard::{Action, ConnId, Guard, Now, Replay, Settings, Target};
 pub use super::guard::{Op, Stats};
 use super::log::{self, Identity, LogMap, Opened, Payload, ReplayLog};
+use super::nbd::{Front, FrontReader, Heard, gather_here, send_gathered};
 use crate::error::{Error, Kind, Result};
 use crate::values::{ByteSize, VolumeId};
-use crate::zerofs::nbd::{Command, Export, RequestHeader, SimpleReply, handshake};
+use crate::zerofs::nbd::{Command, Export, RequestHeader, SimpleReply, TransmissionFlags, handshake};
 use crate::zerofs::sock;
 
 /// The name of the server's socket in the run folder.
@@ -47,6 +48,8 @@ const STACK: usize = 256 << 10;
 const BATCH: usize = 32;
 /// The event number of the wake-up call.
 const WAKE: u64 = u64::MAX;
+/// The first event number of the kernel's sockets; below are the connections to the server.
+const FRONTS: u64 = 1 << 32;
 
 /// What a data path is made of.
 #[derive(Debug, Clone)]
@@ -95,6 +98,8 @@ pub enum DataEvent {
     ServerLost(String),
     /// Writers wait, since the replay log is full; told again after each flush that did not help.
     LogFull,
+    /// All of the kernel's sockets have ended: the device was disconnected, or has gone.
+    DeviceGone(String),
     /// An operation was failed with this errno.
     ErrorDelivered {
         /// What it was, in words.
@@ -158,7 +163,10 @@ pub(super) struct Shared {
     conns: RwLock<Vec<Arc<Conn>>>,
     next_conn: AtomicU32,
     size: AtomicU64,
-    epoll: Epoll,
+    /// The kernel's sockets.
+    fronts: RwLock<Vec<Arc<Front>>>,
+    next_front: AtomicU64,
+    epoll: Arc<Epoll>,
     wake: EventFd,
     stop: AtomicBool,
     jobs: mpsc::Sender<Job>,
@@ -203,7 +211,7 @@ struct Frame {
     sent: usize,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these protect is whole at every instant.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -238,7 +246,9 @@ impl DataPath {
             conns: RwLock::default(),
             next_conn: AtomicU32::new(0),
             size: AtomicU64::new(0),
-            epoll,
+            fronts: RwLock::default(),
+            next_front: AtomicU64::new(FRONTS),
+            epoll: Arc::new(epoll),
             wake,
             stop: AtomicBool::new(false),
             jobs,
@@ -524,6 +534,46 @@ impl DataPath {
         self.shared.submit(op, done);
     }
 
+    /// What the server can do; none before the first server.
+    pub fn flags(&self) -> Option<TransmissionFlags> {
+        self.shared.state().guard.as_ref()?.target().map(|t| t.flags)
+    }
+
+    /// Serves these sockets, whose other ends the kernel's nbd driver has or will be given (or a test that plays the
+    /// kernel): stream sockets in the transmission phase. Earlier ones go on.
+    pub fn serve_nbd(&self, sockets: Vec<UnixStream>, read_only: bool) -> Result<()> {
+        let shared = &self.shared;
+        let mut made = Vec::new();
+        for socket in sockets {
+            // Room for a large reply; the default is 208 KiB. Best effort.
+            let _ = setsockopt(&socket, sockopt::SndBufForce, &(2 << 20));
+            let id = shared.next_front.fetch_add(1, Ordering::Relaxed);
+            made.push(Front::new(id, socket, Arc::clone(&shared.epoll), read_only));
+        }
+        // All are known before the first event, so that the first that ends is not taken for the last.
+        shared.fronts.write().unwrap_or_else(PoisonError::into_inner).extend(made.iter().cloned());
+        for front in &made {
+            if let Err(e) = front.watch() {
+                self.close_nbd();
+                return Err(Error::failed(format!("cannot watch a socket of the kernel: {e}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes all sockets of [`serve_nbd`](Self::serve_nbd), without a word to anybody.
+    pub fn close_nbd(&self) {
+        let fronts = &self.shared.fronts;
+        for front in std::mem::take(&mut *fronts.write().unwrap_or_else(PoisonError::into_inner)) {
+            front.close();
+        }
+    }
+
+    /// How many of the sockets of [`serve_nbd`](Self::serve_nbd) are alive.
+    pub fn nbd_sockets(&self) -> usize {
+        self.shared.fronts.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Mounts the file `disk` in `dir`, which must exist. A server must have been up.
     pub fn mount_fuse(&self, dir: &Path) -> Result<()> {
         let mut mount = lock(&self.mount);
@@ -557,6 +607,7 @@ impl DataPath {
 impl Drop for DataPath {
     fn drop(&mut self) {
         self.server_down();
+        self.close_nbd();
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.wake_io();
         let _ = self.shared.jobs.send(Job::Stop);
@@ -586,7 +637,7 @@ fn settings(config: &DataPathConfig) -> Settings {
 }
 
 /// An operation that is carried out in pieces.
-struct Joint {
+pub(super) struct Joint {
     left: AtomicUsize,
     errno: AtomicI32,
     data: Mutex<Vec<u8>>,
@@ -594,7 +645,18 @@ struct Joint {
 }
 
 impl Joint {
-    fn piece(self: &Arc<Self>, at: usize) -> Completion {
+    /// One of so many pieces, which give `len` bytes of data together.
+    pub(super) fn new(pieces: usize, len: usize, done: Completion) -> Arc<Joint> {
+        Arc::new(Joint {
+            left: AtomicUsize::new(pieces),
+            errno: AtomicI32::new(0),
+            data: Mutex::new(vec![0; len]),
+            done: Mutex::new(Some(done)),
+        })
+    }
+
+    /// The answer to the piece whose data begins `at`.
+    pub(super) fn piece(self: &Arc<Self>, at: usize) -> Completion {
         let joint = Arc::clone(self);
         Box::new(move |result| {
             match result {
@@ -634,6 +696,40 @@ impl Shared {
 
     /// As [`DataPath::submit`]; what is too long for one request goes in pieces.
     pub(super) fn submit(&self, op: Op<'_>, done: Completion) {
+        let now = self.now();
+        let mut out = Vec::with_capacity(2);
+        let wake = {
+            let mut state = self.state();
+            let State { guard, armed, .. } = &mut *state;
+            let Some(guard) = guard else {
+                drop(state);
+                return done(Err(libc::EIO));
+            };
+            self.submit_pieces(guard, now, op, done, &mut out);
+            // Other deadlines are due to replies, which the I/O thread sees itself.
+            self.config.io_timeout.is_some_and(|limit| armed.is_none_or(|at| at > now + limit))
+        };
+        self.act(out);
+        if wake {
+            self.wake_io();
+        }
+    }
+
+    /// The guard, locked, and the time; none when there is no guard. The caller acts on what comes out.
+    pub(super) fn with_guard<R>(&self, work: impl FnOnce(&mut Guard<Completion>, Now) -> R) -> Option<R> {
+        let now = self.now();
+        self.state().guard.as_mut().map(|guard| work(guard, now))
+    }
+
+    /// Hands an operation to the guard, in pieces if it is too long for one request.
+    pub(super) fn submit_pieces(
+        &self,
+        guard: &mut Guard<Completion>,
+        now: Now,
+        op: Op<'_>,
+        done: Completion,
+        out: &mut Vec<Action<Completion>>,
+    ) {
         let (len, limit) = match op {
             Op::Flush => (0, 1),
             Op::Read { len, .. } => (u64::from(len), ByteSize::MIB),
@@ -641,15 +737,10 @@ impl Shared {
             Op::Trim { len, .. } | Op::Zero { len, .. } => (len, MAX_RANGE),
         };
         if len <= limit {
-            return self.submit_one(op, done);
+            return guard.submit(now, op, done, out);
         }
-        let data = if let Op::Read { .. } = op { vec![0; len as usize] } else { Vec::new() };
-        let joint = Arc::new(Joint {
-            left: AtomicUsize::new(len.div_ceil(limit) as usize),
-            errno: AtomicI32::new(0),
-            data: Mutex::new(data),
-            done: Mutex::new(Some(done)),
-        });
+        let reads = matches!(op, Op::Read { .. });
+        let joint = Joint::new(len.div_ceil(limit) as usize, if reads { len as usize } else { 0 }, done);
         let mut at = 0;
         while at < len {
             let n = limit.min(len - at);
@@ -664,32 +755,32 @@ impl Shared {
                 Op::Trim { offset, .. } => Op::Trim { offset: offset.saturating_add(at), len: n },
                 Op::Zero { offset, fua, .. } => Op::Zero { offset: offset.saturating_add(at), len: n, fua },
             };
-            self.submit_one(piece, joint.piece(if let Op::Read { .. } = op { at as usize } else { 0 }));
+            guard.submit(now, piece, joint.piece(if reads { at as usize } else { 0 }), out);
             at += n;
         }
     }
 
-    fn max_write(&self) -> u64 {
+    pub(super) fn max_write(&self) -> u64 {
         log::MAX_PAYLOAD.min(self.config.log_bytes.max(log::MIN_CAPACITY) / 4)
     }
 
-    fn submit_one(&self, op: Op<'_>, done: Completion) {
-        let now = self.now();
-        let mut out = Vec::with_capacity(2);
-        let wake = {
-            let mut state = self.state();
-            let State { guard, armed, .. } = &mut *state;
-            let Some(guard) = guard else {
-                drop(state);
-                return done(Err(libc::EIO));
-            };
-            guard.submit(now, op, done, &mut out);
-            // Other deadlines are due to replies, which the I/O thread sees itself.
-            self.config.io_timeout.is_some_and(|limit| armed.is_none_or(|at| at > now + limit))
+    fn front(&self, id: u64) -> Option<Arc<Front>> {
+        let fronts = self.fronts.read().unwrap_or_else(PoisonError::into_inner);
+        fronts.iter().find(|f| f.id == id).cloned()
+    }
+
+    /// One of the kernel's sockets has ended.
+    fn front_ended(&self, front: &Front, why: &str) {
+        let gone = {
+            let mut fronts = self.fronts.write().unwrap_or_else(PoisonError::into_inner);
+            let before = fronts.len();
+            fronts.retain(|f| f.id != front.id);
+            // One that we closed ourselves is not in the list any more, and no news.
+            before > 0 && fronts.len() < before && fronts.is_empty()
         };
-        self.act(out);
-        if wake {
-            self.wake_io();
+        front.close();
+        if gone {
+            let _ = self.events.send(DataEvent::DeviceGone(why.to_owned()));
         }
     }
 
@@ -703,7 +794,7 @@ impl Shared {
     }
 
     /// Carries out what the guard wants, with no lock held.
-    fn act(&self, actions: Vec<Action<Completion>>) {
+    pub(super) fn act(&self, actions: Vec<Action<Completion>>) {
         let mut busy: Vec<Arc<Conn>> = Vec::new();
         for action in actions {
             match action {
@@ -894,6 +985,7 @@ impl Conn {
 #[derive(Default)]
 struct Receiver {
     buffers: Vec<Buffer>,
+    fronts: Vec<FrontReader>,
 }
 
 struct Buffer {
@@ -905,6 +997,7 @@ struct Buffer {
 
 impl Receiver {
     fn run(&mut self, shared: &Shared) {
+        gather_here();
         let mut events = [EpollEvent::empty(); 16];
         let mut deadline: Option<Now> = None;
         while !shared.stop.load(Ordering::SeqCst) {
@@ -933,6 +1026,12 @@ impl Receiver {
                     woken = true;
                     continue;
                 }
+                if event.data() >= FRONTS {
+                    self.front_event(shared, event);
+                    // A request may have brought a nearer deadline.
+                    woken = true;
+                    continue;
+                }
                 let id = event.data() as ConnId;
                 let Some(conn) = shared.conn(id) else { continue };
                 if event.events().contains(EpollFlags::EPOLLOUT) {
@@ -949,14 +1048,31 @@ impl Receiver {
                     }
                 }
             }
+            send_gathered();
             let now = shared.now();
             if woken || !current || deadline.is_some_and(|at| at <= now) {
-                deadline = self.tick(shared, now);
+                deadline = self.tick(shared, now, n == 0);
             }
         }
     }
 
-    fn tick(&mut self, shared: &Shared, now: Now) -> Option<Now> {
+    fn front_event(&mut self, shared: &Shared, event: &EpollEvent) {
+        let i = match self.fronts.iter().position(|f| f.front.id == event.data()) {
+            Some(i) => i,
+            None => {
+                // Gone meanwhile.
+                let Some(front) = shared.front(event.data()) else { return };
+                self.fronts.push(FrontReader::new(front));
+                self.fronts.len() - 1
+            }
+        };
+        if let Heard::End(why) = self.fronts[i].event(shared, event.events()) {
+            let reader = self.fronts.swap_remove(i);
+            shared.front_ended(&reader.front, &why);
+        }
+    }
+
+    fn tick(&mut self, shared: &Shared, now: Now, idle: bool) -> Option<Now> {
         let mut out = Vec::new();
         let deadline = {
             let mut state = shared.state();
@@ -970,7 +1086,12 @@ impl Receiver {
             *armed
         };
         shared.act(out);
-        if self.buffers.iter().any(|b| b.bytes.len() > RECEIVE || shared.conn(b.conn).is_none()) {
+        send_gathered();
+        self.fronts.retain(|f| !f.front.is_closed());
+        if idle {
+            self.fronts.iter_mut().for_each(FrontReader::shrink);
+        }
+        if idle && self.buffers.iter().any(|b| b.bytes.len() > RECEIVE || shared.conn(b.conn).is_none()) {
             self.buffers.retain(|b| shared.conn(b.conn).is_some());
             for buffer in self.buffers.iter_mut().filter(|b| b.filled == 0) {
                 buffer.bytes.truncate(RECEIVE);

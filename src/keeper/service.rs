@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::control::{Answer, Handler, Request, State, Status, WireError};
+use super::control::{Answer, ConnectOptions, Handler, Request, State, Status, Transport, WireError};
+use super::device::Device;
 use super::path::{DataPath, Replayed};
 use super::process::Identity;
 use super::supervisor::Event;
@@ -30,8 +31,10 @@ pub(crate) struct Shared {
     pub(super) data: Arc<DataPath>,
     pub(super) events: Sender<Event>,
     pub(super) board: Mutex<Board>,
-    changed: Condvar,
-    /// Held while the FUSE file is mounted or unmounted, and while a stop looks whether it is.
+    pub(super) changed: Condvar,
+    /// The volume's NBD device.
+    pub(super) device: Device,
+    /// Held while the FUSE file is mounted or unmounted, or the device is connected or disconnected, and while a stop looks whether it is.
     pub(super) mounting: Mutex<()>,
     /// Whether this keeper has mounted it.
     mounted: AtomicBool,
@@ -55,7 +58,7 @@ pub(super) struct Board {
 }
 
 impl Shared {
-    pub fn new(config: KeeperConfig, data: Arc<DataPath>, events: Sender<Event>) -> Shared {
+    pub fn new(config: KeeperConfig, data: Arc<DataPath>, events: Sender<Event>, device: Device) -> Shared {
         Shared {
             config,
             own: Identity::own(),
@@ -73,6 +76,7 @@ impl Shared {
                 stopping: false,
             }),
             changed: Condvar::new(),
+            device,
             mounting: Mutex::new(()),
             mounted: AtomicBool::new(false),
             restarts: AtomicU64::new(0),
@@ -158,6 +162,7 @@ impl Shared {
             size: self.data.size(),
             log: self.data.log_state(),
             fuse_mounted: self.fuse_mounted(),
+            nbd: self.nbd_status(),
             stats: self.data.stats(),
             warnings: board.warnings,
         }
@@ -186,7 +191,7 @@ impl Shared {
         }
     }
 
-    fn raise(&self) -> Result<Replayed> {
+    pub(super) fn raise(&self) -> Result<Replayed> {
         let (reply, answer) = std::sync::mpsc::channel();
         let _ = self.events.send(Event::Raise(reply));
         answer.recv().unwrap_or_else(|_| Err(stopping_error()))
@@ -197,6 +202,10 @@ impl Shared {
         let _mounting = lock(&self.mounting);
         if lock(&self.board).stopping {
             return Err(stopping_error());
+        }
+        if self.device.record().is_some() {
+            return Err(Error::new(Kind::Busy, "the volume is attached with the nbd transport")
+                .hint("detach it first: zerofsctl detach VOLUME"));
         }
         if self.fuse_mounted() {
             return Ok(());
@@ -212,7 +221,26 @@ impl Shared {
     }
 }
 
-impl Handler for Shared {
+impl Shared {
+    fn connect(self: &Arc<Self>, options: &ConnectOptions) -> Result<Answer> {
+        match options.transport {
+            Transport::Fuse => self.mount().map(|()| Answer::Done),
+            Transport::Nbd => self.connect_nbd(options).map(|(index, bytes)| Answer::Nbd { index, bytes }),
+        }
+    }
+}
+
+/// The side that answers; a type of its own, since some answers start threads that share what we share.
+pub(crate) struct Desk(pub Arc<Shared>);
+
+impl std::ops::Deref for Desk {
+    type Target = Arc<Shared>;
+    fn deref(&self) -> &Arc<Shared> {
+        &self.0
+    }
+}
+
+impl Handler for Desk {
     fn answered(&self, request: &Request) {
         if matches!(request, Request::Stop(_)) {
             self.stop_clients.fetch_sub(1, Ordering::SeqCst);
@@ -228,13 +256,14 @@ impl Handler for Shared {
                     .map_err(|_| Error::usage("the time limit is not a number of seconds"))?;
                 self.wait_ready(limit).map(|s| Answer::Status(Box::new(s)))
             }
-            Request::Connect => self.mount().map(|()| Answer::Done),
-            Request::Disconnect => {
+            Request::Connect(options) => self.connect(&options),
+            Request::Disconnect(options) => {
                 let _mounting = lock(&self.mounting);
+                self.disconnect_nbd(options.force)?;
                 self.unmount(false).map(|()| Answer::Done)
             }
             Request::Flush => self.data.flush().map(|()| Answer::Done),
-            Request::Resize => self.data.resize().map(|bytes| Answer::Size { bytes }),
+            Request::Resize => self.resize_device().map(|bytes| Answer::Size { bytes }),
             Request::Replay => self.raise().map(Answer::Replayed),
             Request::DiscardLog => {
                 if lock(&self.board).data_path {

@@ -191,12 +191,19 @@ impl Supervisor {
     }
 
     /// Adopts the ZeroFS that an earlier keeper left behind, or starts one.
-    pub fn start_or_adopt(&mut self) {
+    ///
+    /// With `resumes`, a device of that keeper waits: the data path is connected as soon as a server answers, and a
+    /// server that does not start is tried again for as long as it takes. Gives whether one was adopted.
+    pub fn start_or_adopt(&mut self, resumes: bool) -> bool {
+        if resumes {
+            (self.ever_ready, self.attached) = (true, true);
+        }
         match self.adopt() {
-            Ok(true) => {}
+            Ok(true) => return true,
             Ok(false) => self.launch(),
             Err(e) => self.failed(e),
         }
+        false
     }
 
     /// Works until the volume is stopped. Returns whether the end was a clean one.
@@ -299,6 +306,7 @@ impl Supervisor {
             warn!("ZeroFS reached its memory limit at least once");
         }
         info!("ZeroFS {exit}");
+        self.shared.server_ended(exit, self.profile.zeros_when_closed);
         match self.phase {
             Phase::Terminating => {
                 // Of an adopted one nobody tells us.
@@ -405,6 +413,13 @@ impl Supervisor {
                     self.condemn(&why);
                 } else {
                     debug!("the data path lost a server that is gone already: {why}");
+                }
+            }
+            DataEvent::DeviceGone(why) => {
+                let shared = self.shared.clone();
+                // It waits for a disconnect that may be under way.
+                if let Err(e) = thread("device-gone", move || shared.device_gone(&why)) {
+                    warn!("cannot start a thread: {e}");
                 }
             }
             DataEvent::LogFull => warn!("the replay log is full: writers wait for a flush"),
@@ -725,6 +740,7 @@ impl Supervisor {
                 }
                 self.attached = true;
                 self.shared.show(|b| b.data_path = true);
+                self.shared.server_serves();
                 for reply in self.raising.drain(..) {
                     let _ = reply.send(Ok(replayed));
                 }
@@ -763,6 +779,19 @@ impl Supervisor {
                 let _ = reply.send(Answer::Error((&e).into()));
                 return;
             };
+            if self.shared.device.is_connected() {
+                if !options.even_if_mounted {
+                    let e = Error::new(Kind::Busy, "the volume's NBD device is still connected")
+                        .hint("detach the volume: zerofsctl detach VOLUME");
+                    let _ = reply.send(Answer::Error((&e).into()));
+                    return;
+                }
+                // Without a flush here: it might wait for us. The stop flushes what was acknowledged.
+                if let Err(e) = self.shared.disconnect_nbd(true) {
+                    let _ = reply.send(Answer::Error((&e).into()));
+                    return;
+                }
+            }
             if self.shared.fuse_mounted() {
                 if !options.even_if_mounted {
                     let e = Error::new(Kind::Busy, "the volume's FUSE file is still mounted")
@@ -935,7 +964,12 @@ impl Supervisor {
         }
         let clean = self.shared.data.log_state() == LogState::Clean;
         let log = clean.then_some(REPLAY_LOG);
-        let gone = SOCKETS.into_iter().chain(log).chain([RECORD, super::CONFIG, super::control::SOCKET]);
+        let gone = SOCKETS.into_iter().chain(log).chain([
+            RECORD,
+            super::CONFIG,
+            super::control::SOCKET,
+            super::device::RECORD,
+        ]);
         for path in gone.map(|name| self.path(name)) {
             match std::fs::remove_file(&path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -971,7 +1005,7 @@ impl Supervisor {
     /// SIGTERM to the keeper. At a shutdown it may come before the filesystems are unmounted, and then the
     /// device must live on.
     fn terminate_signal(&mut self) {
-        if self.shared.fuse_mounted() {
+        if self.shared.fuse_mounted() || self.shared.device.is_connected() {
             warn!("SIGTERM is ignored, since the volume is in use; flushing. Use zerofsctl detach.");
             let (events, data) = (self.shared.events.clone(), self.shared.data.clone());
             let _ = thread("flush", move || {

@@ -1,0 +1,791 @@
+//! The volume's device of the kernel's nbd driver: connected, taken over from a keeper that died, grown, disconnected.
+//!
+//! The record `nbd.json` in the run folder says what the next keeper needs to know. It is written before the device is
+//! connected and removed after it has gone, so a device without a record is one that was never used. On kernels from
+//! 5.14 on the device itself says whose it is; on older ones the index in the record is all there is.
+//!
+//! When a keeper dies, the kernel sees its sockets close and holds all I/O. The next keeper makes the server safe and
+//! replays the log ([`super::supervisor`]) before it hands new sockets over, so nothing that the kernel sends again is
+//! served too early. The direct path has no log: after anything but a clean exit of a server that closes safely, its
+//! device is disconnected, which the filesystem above sees as I/O errors; it is never connected to another server.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
+use tracing::{error, info, warn};
+
+use super::control::{ConnectOptions, NbdPath, NbdStatus, State};
+use super::process::{Exit, boot_id, write_json};
+use super::service::{Shared, stopping_error};
+use super::{lock, thread};
+use crate::error::{Doing, Error, Kind, Result};
+use crate::host::nbd::{self, netlink, sysfs};
+use crate::zerofs::nbd::{TransmissionFlags, handshake};
+use crate::zerofs::sock;
+
+/// The name of the record in the run folder.
+pub const RECORD: &str = "nbd.json";
+
+/// The logical block size of a device: 512 as with the other transports, so that filesystems move between them.
+const BLOCK_SIZE: u64 = 512;
+/// How long a flush before a disconnect may take.
+const FLUSH_LIMIT: Duration = Duration::from_secs(30);
+/// How long the kernel may take to let go of a device.
+const LET_GO_LIMIT: Duration = Duration::from_secs(30);
+/// How long the kernel may take to see that the sockets of a dead keeper are dead.
+const TAKE_LIMIT: Duration = Duration::from_secs(20);
+/// How long a device that was given new sockets may take to answer a read.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// What the next keeper of the volume must know of its device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// The version of this format.
+    format: u32,
+    /// The boot that the device was connected in; after another one there is no device.
+    boot: String,
+    /// The N of `/dev/nbdN`; none between the decision to connect and the kernel's answer.
+    pub index: Option<u32>,
+    /// What the sockets lead to.
+    pub path: NbdPath,
+    read_only: bool,
+    reconnect_timeout_ms: u64,
+    /// How many sockets it has.
+    sockets: usize,
+    reconnects: u64,
+    failed: Option<String>,
+}
+
+impl Record {
+    const FORMAT: u32 = 1;
+
+    /// The record of a device of this boot.
+    pub fn read(run_dir: &Path) -> Result<Option<Record>> {
+        let path = run_dir.join(RECORD);
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e).doing("read", &path),
+        };
+        let record: Record = serde_json::from_slice(&text)
+            .map_err(|e| Error::refused(format!("cannot understand {}: {e}", path.display())))?;
+        if record.format != Self::FORMAT {
+            return Err(Error::refused(format!("{} is of a newer zerofsctl", path.display()))
+                .hint("use the zerofsctl that attached the volume"));
+        }
+        Ok((record.boot == boot_id()).then_some(record))
+    }
+
+    fn limit(&self) -> Duration {
+        Duration::from_millis(self.reconnect_timeout_ms)
+    }
+}
+
+/// The device, as far as this keeper knows. It is changed by whoever holds [`Shared::mounting`].
+#[derive(Default)]
+pub(super) struct Device {
+    record: Mutex<Option<Record>>,
+    dead_connections: AtomicU64,
+    /// The direct path: our hold on the sockets, so that they can be shut down.
+    direct: Mutex<Vec<UnixStream>>,
+    /// The direct path: the server has ended cleanly, and its successor may have the device.
+    clean: std::sync::atomic::AtomicBool,
+    listening: std::sync::atomic::AtomicBool,
+}
+
+impl Device {
+    /// One that an earlier keeper connected.
+    pub fn of(record: Option<Record>) -> Device {
+        Device { record: Mutex::new(record), ..Device::default() }
+    }
+
+    /// The record, if there is a device.
+    pub fn record(&self) -> Option<Record> {
+        lock(&self.record).clone()
+    }
+
+    /// Whether there is a device that works or waits.
+    pub fn is_connected(&self) -> bool {
+        lock(&self.record).as_ref().is_some_and(|r| r.failed.is_none())
+    }
+}
+
+impl Shared {
+    fn backend(&self) -> String {
+        nbd::backend_id(&self.config.volume)
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.config.run_dir.join(RECORD)
+    }
+
+    /// Remembers, on the disk first.
+    fn remember(&self, record: &Record) -> Result<()> {
+        write_json(&self.record_path(), record)?;
+        *lock(&self.device.record) = Some(record.clone());
+        Ok(())
+    }
+
+    fn forget_device(&self) -> Result<()> {
+        let path = self.record_path();
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).doing("remove", &path),
+            _ => {}
+        }
+        *lock(&self.device.record) = None;
+        lock(&self.device.direct).clear();
+        self.device.clean.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// What to tell of the device.
+    pub(super) fn nbd_status(&self) -> Option<NbdStatus> {
+        let record = self.device.record()?;
+        let connected = record.failed.is_none() && record.index.is_some();
+        Some(NbdStatus {
+            index: record.index,
+            path: record.path,
+            read_only: record.read_only,
+            connected,
+            connections: match record.path {
+                NbdPath::Guarded => self.data.nbd_sockets() as u64,
+                NbdPath::Direct if connected => record.sockets as u64,
+                NbdPath::Direct => 0,
+            },
+            reconnect_timeout_ms: record.reconnect_timeout_ms,
+            reconnects: record.reconnects,
+            dead_connections: self.device.dead_connections.load(Ordering::Relaxed),
+            failed: record.failed,
+        })
+    }
+
+    // --- connecting -------------------------------------------------------------------------------------
+
+    /// Makes the volume an NBD device, replaying the log before if need be. Gives index and size.
+    pub(super) fn connect_nbd(self: &Arc<Self>, options: &ConnectOptions) -> Result<(u32, u64)> {
+        nbd::ensure()?;
+        self.raise()?;
+        let _mounting = lock(&self.mounting);
+        if lock(&self.board).stopping {
+            return Err(stopping_error());
+        }
+        if self.fuse_mounted() {
+            return Err(Error::new(Kind::Busy, "the volume is attached with the fuse transport")
+                .hint("detach it first: zerofsctl detach VOLUME"));
+        }
+        let size = self.data.size();
+        if let Some(record) = self.device.record() {
+            return match record {
+                Record { failed: Some(why), .. } => {
+                    Err(Error::refused(format!("the device has failed: {why}"))
+                        .hint("detach the volume, then attach it again"))
+                }
+                Record { index: Some(index), path, read_only, .. } => {
+                    if (path, read_only) == (options.path, options.read_only) {
+                        return Ok((index, size));
+                    }
+                    Err(Error::new(
+                        Kind::Conflict,
+                        format!("/dev/nbd{index} is connected with other settings"),
+                    )
+                    .hint("detach the volume first: zerofsctl detach VOLUME"))
+                }
+                Record { index: None, .. } => {
+                    Err(Error::new(Kind::Busy, "the device of an earlier keeper is being looked for")
+                        .hint("run the same command again"))
+                }
+            };
+        }
+        if let Some(device) = sysfs::find(&self.backend())? {
+            return Err(Error::refused(format!(
+                "/dev/nbd{} says that it is {}, and no record of it is in {}",
+                device.index,
+                self.backend(),
+                self.config.run_dir.display()
+            ))
+            .hint("see whether it is in use: zerofsctl nbd list --all; free it: zerofsctl nbd gc"));
+        }
+        if !size.is_multiple_of(BLOCK_SIZE) {
+            return Err(Error::refused(format!("the volume has {size} bytes, which is no multiple of 512"))
+                .hint("grow it: zerofsctl resize VOLUME SIZE"));
+        }
+        let mut record = Record {
+            format: Record::FORMAT,
+            boot: boot_id(),
+            index: None,
+            path: options.path,
+            read_only: options.read_only,
+            reconnect_timeout_ms: options.reconnect_timeout_ms,
+            sockets: 0,
+            reconnects: 0,
+            failed: None,
+        };
+        let made = match options.path {
+            NbdPath::Guarded => self.guarded_sockets(self.config.connections.max(1), record.read_only),
+            NbdPath::Direct => self.direct_sockets(),
+        };
+        let (kernel_ends, flags) = made?;
+        record.sockets = kernel_ends.len();
+        let connected = self.remember(&record).and_then(|()| {
+            let sockets: Vec<_> = kernel_ends.iter().map(AsFd::as_fd).collect();
+            netlink::connect(&netlink::Connect {
+                index: options.index,
+                size,
+                block_size: BLOCK_SIZE,
+                server_flags: server_flags(flags, record.path, record.read_only),
+                client_flags: 0,
+                dead_conn_timeout: record.limit(),
+                backend: &self.backend(),
+                sockets: &sockets,
+            })
+        });
+        let index = match connected {
+            Ok(index) => index,
+            Err(e) => {
+                self.data.close_nbd();
+                self.forget_device()?;
+                return Err(e);
+            }
+        };
+        record.index = Some(index);
+        self.remember(&record)?;
+        if record.path == NbdPath::Direct {
+            *lock(&self.device.direct) = kernel_ends;
+        }
+        info!("/dev/nbd{index} is connected, {} path, {size} bytes", record.path.name());
+        self.tune(index);
+        self.listen_for_dead_links();
+        Ok((index, size))
+    }
+
+    fn guarded_sockets(&self, n: usize, read_only: bool) -> Result<(Vec<UnixStream>, TransmissionFlags)> {
+        let flags = self.data.flags().ok_or_else(|| Error::failed("no server has been up yet"))?;
+        Ok((self.sockets_for(n, read_only)?, flags))
+    }
+
+    /// Connections to ZeroFS, in the transmission phase.
+    fn direct_sockets(&self) -> Result<(Vec<UnixStream>, TransmissionFlags)> {
+        let one = || {
+            let mut stream = sock::connect(&self.config.run_dir, "nbd.sock").map_err(|e| {
+                Error::new(Kind::Unreachable, format!("cannot connect to ZeroFS's NBD socket: {e}"))
+                    .hint("look whether ZeroFS runs, and into its log (zerofsctl show VOLUME)")
+            })?;
+            let export = handshake(&mut stream, &self.config.export)?;
+            // The kernel waits for as long as it takes.
+            stream
+                .set_read_timeout(None)
+                .and_then(|()| stream.set_write_timeout(None))
+                .doing("set up", "a socket")?;
+            let _ = setsockopt(&stream, sockopt::SndBufForce, &(2 << 20));
+            Ok::<_, Error>((stream, export))
+        };
+        let (first, export) = one()?;
+        if export.size != self.data.size() {
+            return Err(Error::new(Kind::Unreachable, "the export changes between two connections")
+                .hint("run the same command again"));
+        }
+        let mut streams = vec![first];
+        let wanted = if export.flags.can_multi_conn() { self.config.connections.max(1) } else { 1 };
+        while streams.len() < wanted {
+            streams.push(one()?.0);
+        }
+        Ok((streams, export.flags))
+    }
+
+    /// Sets the queue for the job; a device works without that too.
+    fn tune(&self, index: u32) {
+        let queue = sysfs::Queue {
+            // The guard and ZeroFS order requests themselves.
+            scheduler: Some("none".into()),
+            read_ahead_kib: Some(4096),
+            max_request_kib: Some(1024),
+        };
+        if let Err(e) = sysfs::set_queue(index, &queue) {
+            warn!("the queue of /dev/nbd{index} is left as it is: {e}");
+        }
+    }
+
+    /// Counts and logs what the kernel tells of dead sockets, from now on.
+    fn listen_for_dead_links(self: &Arc<Self>) {
+        if self.device.listening.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let shared = Arc::clone(self);
+        let spawned = netlink::LinkDead::listen().and_then(|links| {
+            thread("link-dead", move || {
+                loop {
+                    match links.next(Duration::from_secs(3600)) {
+                        Ok(Some(index)) if shared.device.record().is_some_and(|r| r.index == Some(index)) => {
+                            shared.device.dead_connections.fetch_add(1, Ordering::Relaxed);
+                            warn!("the kernel has lost a socket of /dev/nbd{index}");
+                        }
+                        Ok(_) => {}
+                        Err(e) => {
+                            warn!("{e}");
+                            std::thread::sleep(Duration::from_secs(5));
+                        }
+                    }
+                }
+            })
+            .doing("start a thread of", "the keeper")
+        });
+        if let Err(e) = spawned {
+            warn!("dead sockets of the device are not heard of: {e}");
+        }
+    }
+
+    // --- taking over ------------------------------------------------------------------------------------
+
+    /// Gives the device of an earlier keeper new sockets, as soon as the log is replayed. Returns when that is done, or
+    /// will never be. `adopted` says that the server of that keeper lives and is ours now.
+    pub(super) fn take_over_device(self: &Arc<Self>, adopted: bool) {
+        let Some(record) = self.device.record() else { return };
+        self.listen_for_dead_links();
+        if record.failed.is_some() {
+            return;
+        }
+        if record.path == NbdPath::Direct {
+            if !adopted {
+                self.fail_device("its ZeroFS has ended together with its keeper");
+            }
+            return;
+        }
+        loop {
+            let fenced = match self.wait_for_data_path() {
+                Some(fenced) => fenced,
+                None => return,
+            };
+            match self.hand_over(fenced) {
+                Ok(()) => return,
+                Err(e) if e.kind() == Kind::NotFound => {
+                    error!("{e}");
+                    self.data.close_nbd();
+                    self.device_failed(e.message());
+                    return;
+                }
+                Err(e) => {
+                    warn!("the device cannot be taken over yet: {e}");
+                    std::thread::sleep(Duration::from_secs(1));
+                }
+            }
+        }
+    }
+
+    /// Waits until the data path is connected (false) or the volume has a new owner (true); none when all is over.
+    fn wait_for_data_path(&self) -> Option<bool> {
+        let board = lock(&self.board);
+        let waits = |b: &mut super::service::Board| {
+            !b.data_path && !matches!(b.state, State::Fenced | State::Failed) && !b.stopping
+        };
+        let board = self.changed.wait_while(board, waits).unwrap_or_else(std::sync::PoisonError::into_inner);
+        match board.state {
+            State::Fenced => Some(true),
+            _ if board.data_path => Some(false),
+            _ => None,
+        }
+    }
+
+    /// [`Kind::NotFound`] when the device is not there any more, or does not come back to life.
+    fn hand_over(&self, fenced: bool) -> Result<()> {
+        let _mounting = lock(&self.mounting);
+        let Some(mut record) = self.device.record() else { return Ok(()) };
+        let backend = self.backend();
+        let device = match sysfs::find(&backend)? {
+            Some(device) => Some(device),
+            // A kernel that does not show whose it is.
+            None => match record.index.map(sysfs::one).transpose()?.flatten() {
+                Some(device) if device.connected && device.backend.is_none() => Some(device),
+                _ => None,
+            },
+        };
+        let Some(device) = device else {
+            if record.index.is_none() {
+                info!("the earlier keeper ended before it had connected a device");
+                return self.forget_device();
+            }
+            return Err(Error::new(Kind::NotFound, "the kernel has disconnected the device"));
+        };
+        let index = device.index;
+        if !fenced && self.data.size() < device.size.0 {
+            return Err(Error::refused(format!(
+                "/dev/nbd{index} has {} bytes and the volume only {}",
+                device.size.0,
+                self.data.size()
+            )));
+        }
+        self.data.close_nbd();
+        let begun = Instant::now();
+        loop {
+            let missing = record.sockets.saturating_sub(self.data.nbd_sockets());
+            if missing == 0 {
+                break;
+            }
+            if begun.elapsed() > TAKE_LIMIT {
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!(
+                        "the kernel does not take {missing} of {} new sockets for /dev/nbd{index}",
+                        record.sockets
+                    ),
+                ));
+            }
+            let sockets = self.sockets_for(missing, record.read_only)?;
+            let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+            netlink::reconfigure(
+                index,
+                &netlink::Reconfigure {
+                    sockets: &fds,
+                    size: None,
+                    backend: device.backend.is_some().then_some(&backend),
+                    dead_conn_timeout: Some(record.limit()),
+                },
+            )?;
+            // A socket that the kernel has not taken, since it thinks that an old one is alive, is closed by this.
+            drop(fds);
+            drop(sockets);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        record.index = Some(index);
+        record.reconnects += 1;
+        self.remember(&record)?;
+        info!("/dev/nbd{index} has new sockets");
+        if !fenced {
+            self.see_that_it_answers(index)?;
+        }
+        Ok(())
+    }
+
+    /// Pairs of sockets, of which we serve one end; gives the other ends.
+    fn sockets_for(&self, n: usize, read_only: bool) -> Result<Vec<UnixStream>> {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..n {
+            let (a, b) = UnixStream::pair().doing("make", "a pair of sockets")?;
+            // Room for a large request, so that the kernel's sender need not wait for us in its middle.
+            let _ = setsockopt(&b, sockopt::SndBufForce, &(2 << 20));
+            ours.push(a);
+            theirs.push(b);
+        }
+        self.data.serve_nbd(ours, read_only)?;
+        Ok(theirs)
+    }
+
+    /// A kernel that has waited for too long takes new sockets and fails all I/O nevertheless: only a read tells.
+    fn see_that_it_answers(&self, index: u32) -> Result<()> {
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let spawned = thread("first-read", move || {
+            let _ = tell.send(read_first_block(index));
+        });
+        spawned.doing("start a thread of", "the keeper")?;
+        match told.recv_timeout(ANSWER_LIMIT) {
+            Ok(Err(e)) if e.raw_os_error() == Some(libc::EIO) => Err(Error::new(
+                Kind::NotFound,
+                format!("the kernel has given /dev/nbd{index} up: nobody took it over in time"),
+            )),
+            Ok(Err(e)) => {
+                warn!("cannot read from /dev/nbd{index} after the take-over: {e}");
+                Ok(())
+            }
+            // One that is slow is not dead: the server may be gone again.
+            Ok(Ok(())) | Err(_) => Ok(()),
+        }
+    }
+
+    // --- growing, ending --------------------------------------------------------------------------------
+
+    /// Learns a larger size, and tells the kernel.
+    pub(super) fn resize_device(&self) -> Result<u64> {
+        let _mounting = lock(&self.mounting);
+        let record = self.device.record().filter(|r| r.failed.is_none());
+        if record.as_ref().is_some_and(|r| r.path == NbdPath::Direct) {
+            return Err(Error::refused("a device with the direct path cannot grow while it is connected")
+                .hint("detach the volume, resize it, and attach it again"));
+        }
+        let bytes = self.data.resize()?;
+        let Some((record, index)) = record.and_then(|r| r.index.map(|i| (r, i))) else { return Ok(bytes) };
+        let shown = sysfs::one(index)?.filter(|d| d.connected);
+        let shown =
+            shown.ok_or_else(|| Error::new(Kind::NotFound, format!("/dev/nbd{index} is not connected")))?;
+        if bytes < shown.size.0 {
+            return Err(Error::refused(format!(
+                "/dev/nbd{index} has {} bytes and would have {bytes}: it must never shrink",
+                shown.size.0
+            )));
+        }
+        let bytes_in_blocks = bytes - bytes % BLOCK_SIZE;
+        if bytes_in_blocks > shown.size.0 {
+            netlink::reconfigure(
+                index,
+                &netlink::Reconfigure {
+                    sockets: &[],
+                    size: Some(bytes_in_blocks),
+                    backend: shown.backend.as_deref(),
+                    dead_conn_timeout: Some(record.limit()),
+                },
+            )?;
+            let now = sysfs::one(index)?.map_or(0, |d| d.size.0);
+            if now != bytes_in_blocks {
+                return Err(Error::failed(format!(
+                    "/dev/nbd{index} has {now} bytes after it was grown to {bytes}"
+                ))
+                .hint("see what the kernel says: dmesg | grep nbd"));
+            }
+            info!("/dev/nbd{index} has {bytes} bytes now");
+        }
+        Ok(bytes)
+    }
+
+    /// Disconnects the device; with `force` without a flush. The caller holds [`Shared::mounting`].
+    pub(super) fn disconnect_nbd(&self, force: bool) -> Result<()> {
+        let Some(record) = self.device.record() else { return Ok(()) };
+        let index = match record.index {
+            Some(index) => Some(index),
+            None => sysfs::find(&self.backend())?.map(|d| d.index),
+        };
+        if let Some(index) = index
+            && let Some(device) = sysfs::one(index)?.filter(|d| d.connected)
+        {
+            if device.backend.as_ref().is_some_and(|b| *b != self.backend()) {
+                // Ours has gone, and somebody else has the index now.
+                info!("/dev/nbd{index} is {} by now", device.backend.unwrap_or_default());
+            } else {
+                if !force && record.failed.is_none() {
+                    self.flush_device(index)?;
+                }
+                nbd::disconnect_and_wait(index, LET_GO_LIMIT)?;
+                info!("/dev/nbd{index} is disconnected");
+            }
+        }
+        self.data.close_nbd();
+        self.forget_device()
+    }
+
+    /// Writes out what the kernel has cached of the device, and flushes.
+    fn flush_device(&self, index: u32) -> Result<()> {
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let spawned = thread("flush-device", move || {
+            let path = sysfs::path(index);
+            let synced = std::fs::File::open(&path).and_then(|f| f.sync_all());
+            let _ = tell.send(synced.doing("flush", &path));
+        });
+        spawned.doing("start a thread of", "the keeper")?;
+        let slow = |_| {
+            Error::new(
+                Kind::Unreachable,
+                format!("/dev/nbd{index} could not be flushed within {} s", FLUSH_LIMIT.as_secs()),
+            )
+            .hint("see whether ZeroFS is well: zerofsctl show VOLUME; give up what is not written: zerofsctl detach VOLUME --force")
+        };
+        match told.recv_timeout(FLUSH_LIMIT).map_err(slow)? {
+            // A fenced volume takes nothing more, and what it has is not ours.
+            Err(e) if lock(&self.board).state == State::Fenced => {
+                warn!("{e}");
+                Ok(())
+            }
+            flushed => flushed,
+        }
+    }
+
+    /// All of the kernel's sockets have ended, and it was not we who did it.
+    pub(super) fn device_gone(&self, why: &str) {
+        // A disconnect of our own holds this, and then there is no record when it is over.
+        let _mounting = lock(&self.mounting);
+        let Some(record) = self.device.record().filter(|r| r.failed.is_none()) else { return };
+        let Some(index) = record.index else { return };
+        let ours = sysfs::one(index)
+            .ok()
+            .flatten()
+            .is_some_and(|d| d.connected && d.backend.is_none_or(|b| b == self.backend()));
+        if !ours && self.data.nbd_sockets() == 0 {
+            error!("/dev/nbd{index} was disconnected by somebody else: {why}");
+            self.device_failed("it was disconnected by somebody else");
+        }
+    }
+
+    fn device_failed(&self, why: &str) {
+        if let Some(mut record) = self.device.record() {
+            record.failed = Some(why.to_owned());
+            if let Err(e) = self.remember(&record) {
+                error!("{e}");
+                *lock(&self.device.record) = Some(record);
+            }
+        }
+    }
+
+    /// Disconnects a device of the direct path, so that its users get errors instead of wrong data.
+    fn fail_device(&self, why: &str) {
+        // Remembered before it is done: the next keeper must not think better of it.
+        self.device_failed(why);
+        self.end_device(why);
+    }
+
+    fn end_device(&self, why: &str) {
+        let _mounting = lock(&self.mounting);
+        let Some(record) = self.device.record() else { return };
+        for socket in lock(&self.device.direct).drain(..) {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        let index = match record.index {
+            Some(index) => Some(index),
+            None => sysfs::find(&self.backend()).ok().flatten().map(|d| d.index),
+        };
+        let Some(index) = index else { return };
+        error!(
+            "/dev/nbd{index} fails: {why}; what was not flushed is lost. Detach the volume, and attach it again"
+        );
+        let ours = sysfs::one(index).ok().flatten();
+        if ours.is_some_and(|d| d.connected && d.backend.is_none_or(|b| b == self.backend()))
+            && let Err(e) = nbd::disconnect_and_wait(index, LET_GO_LIMIT)
+        {
+            error!("{e}");
+        }
+    }
+
+    /// The server has ended. What that means to a device of the direct path.
+    pub(super) fn server_ended(self: &Arc<Self>, exit: Exit, zeros_when_closed: bool) {
+        let Some(record) = self.device.record().filter(|r| r.failed.is_none()) else { return };
+        if record.path != NbdPath::Direct {
+            return;
+        }
+        if exit == Exit::Code(0) && !zeros_when_closed {
+            info!("ZeroFS has ended cleanly: its successor gets the device");
+            self.device.clean.store(true, Ordering::SeqCst);
+            return;
+        }
+        let why = match exit {
+            Exit::Code(0) => {
+                "its ZeroFS ended, and this version may have answered with zeros before".to_owned()
+            }
+            exit => format!("its ZeroFS {exit}"),
+        };
+        // Now, so that no successor is started before it is remembered; the rest takes a while.
+        self.device_failed(&why);
+        let shared = Arc::clone(self);
+        let spawned = thread("fail-device", move || shared.end_device(&why));
+        if let Err(e) = spawned {
+            error!("cannot start a thread: {e}");
+        }
+    }
+
+    /// A server serves. After a clean end of the one before, a device of the direct path gets new sockets.
+    pub(super) fn server_serves(self: &Arc<Self>) {
+        if !self.device.clean.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let shared = Arc::clone(self);
+        let spawned = thread("reconnect", move || {
+            let done = (|| {
+                // Not held while the device is failed, which takes it too.
+                let _mounting = lock(&shared.mounting);
+                let Some(mut record) = shared.device.record().filter(|r| r.failed.is_none()) else {
+                    return Ok(());
+                };
+                let Some(index) = record.index else { return Ok(()) };
+                for socket in lock(&shared.device.direct).drain(..) {
+                    let _ = socket.shutdown(std::net::Shutdown::Both);
+                }
+                let (sockets, _) = shared.direct_sockets()?;
+                let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+                let backend = sysfs::one(index)?.and_then(|d| d.backend);
+                netlink::reconfigure(
+                    index,
+                    &netlink::Reconfigure {
+                        sockets: &fds,
+                        size: None,
+                        backend: backend.as_deref().map(|_| shared.backend()).as_deref(),
+                        dead_conn_timeout: Some(record.limit()),
+                    },
+                )?;
+                record.sockets = sockets.len();
+                record.reconnects += 1;
+                shared.remember(&record)?;
+                *lock(&shared.device.direct) = sockets;
+                info!("/dev/nbd{index} has new sockets");
+                Ok::<_, Error>(())
+            })();
+            if let Err(e) = done {
+                shared.fail_device(&format!("it could not be connected to the restarted ZeroFS: {e}"));
+            }
+        });
+        if let Err(e) = spawned {
+            error!("cannot start a thread: {e}");
+        }
+    }
+}
+
+fn server_flags(server: TransmissionFlags, path: NbdPath, read_only: bool) -> u64 {
+    let mut flags = netlink::SERVER_HAS_FLAGS;
+    let mut offer = |yes: bool, flag: u64| flags |= if yes { flag } else { 0 };
+    let guarded = path == NbdPath::Guarded;
+    // The guard makes a flush of force unit access, and orders what comes over several sockets.
+    offer(server.has_flush() || guarded, netlink::SERVER_SEND_FLUSH);
+    offer(server.has_fua() || guarded, netlink::SERVER_SEND_FUA);
+    offer(server.has_trim(), netlink::SERVER_SEND_TRIM);
+    offer(server.has_write_zeroes(), netlink::SERVER_SEND_WRITE_ZEROES);
+    offer(server.can_multi_conn() || guarded, netlink::SERVER_CAN_MULTI_CONN);
+    offer(read_only, netlink::SERVER_READ_ONLY);
+    flags
+}
+
+/// Reads the first block past all caches.
+fn read_first_block(index: u32) -> io::Result<()> {
+    let device = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+        .open(sysfs::path(index))?;
+    // Aligned to a page within a larger buffer, as direct I/O wants.
+    let mut buffer = vec![0u8; 8192];
+    let start = buffer.as_ptr().align_offset(4096);
+    device.read_exact_at(&mut buffer[start..start + 4096], 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        Record {
+            format: 1,
+            boot: boot_id(),
+            index: Some(3),
+            path: NbdPath::Direct,
+            read_only: true,
+            reconnect_timeout_ms: 5000,
+            sockets: 4,
+            reconnects: 2,
+            failed: Some("why".into()),
+        }
+    }
+
+    #[test]
+    fn a_record_survives_its_file_and_not_a_reboot_or_a_newer_format() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Record::read(dir.path()).unwrap(), None);
+        let write = |record: &Record| write_json(&dir.path().join(RECORD), record).unwrap();
+        write(&record());
+        assert_eq!(Record::read(dir.path()).unwrap(), Some(record()));
+        write(&Record { boot: "another".into(), ..record() });
+        assert_eq!(Record::read(dir.path()).unwrap(), None);
+        write(&Record { format: 2, ..record() });
+        assert_eq!(Record::read(dir.path()).unwrap_err().kind(), Kind::Refused);
+        std::fs::write(dir.path().join(RECORD), "{").unwrap();
+        assert_eq!(Record::read(dir.path()).unwrap_err().kind(), Kind::Refused);
+    }
+
+    #[test]
+    fn the_kernel_is_offered_what_the_server_has_and_the_guard_adds() {
+        let bare = TransmissionFlags::new(1);
+        assert_eq!(server_flags(bare, NbdPath::Direct, false), 1);
+        assert_eq!(server_flags(bare, NbdPath::Guarded, false), 1 | 4 | 8 | 256);
+        let all = TransmissionFlags::new(1 | 4 | 8 | 32 | 64 | 256);
+        assert_eq!(server_flags(all, NbdPath::Direct, true), 1 | 2 | 4 | 8 | 32 | 64 | 256);
+        assert_eq!(server_flags(all, NbdPath::Guarded, false), 1 | 4 | 8 | 32 | 64 | 256);
+    }
+}
