@@ -22,7 +22,7 @@ fn vol(name: &str) -> VolumeId {
 #[derive(Default)]
 struct Ours {
     servers: BTreeMap<VolumeId, Server>,
-    recorded: BTreeMap<u32, (VolumeId, Option<ByteSize>)>,
+    recorded: BTreeMap<u32, Vec<(VolumeId, Option<u32>)>>,
     at_work: BTreeMap<VolumeId, i32>,
     asked: RefCell<usize>,
 }
@@ -32,7 +32,7 @@ impl Owners for Ours {
         *self.asked.borrow_mut() += 1;
         volumes.iter().filter_map(|v| Some((v.clone(), self.servers.get(v)?.clone()))).collect()
     }
-    fn recorded(&self) -> BTreeMap<u32, (VolumeId, Option<ByteSize>)> {
+    fn recorded(&self) -> BTreeMap<u32, Vec<(VolumeId, Option<u32>)>> {
         self.recorded.clone()
     }
     fn at_work(&self, volume: &VolumeId) -> Option<i32> {
@@ -198,7 +198,7 @@ fn others_are_foreign_however_near_their_identifier_looks() {
     for (index, backend) in (0..).zip(nearly) {
         m.connect(index, backend);
         // Not even our own journal makes it ours.
-        m.ours.recorded.insert(index, (vol("vol1"), Some(ByteSize(1 << 30))));
+        m.ours.recorded.insert(index, vec![(vol("vol1"), Some(4711))]);
         m.assert(index, Verdict::Foreign, "not ours");
     }
     assert_eq!(*m.ours.asked.borrow(), 0, "no keeper is asked about what is not ours");
@@ -391,15 +391,23 @@ fn a_device_that_is_proven_to_be_used_is_so_whatever_else_is_closed() {
 fn on_old_kernels_the_journal_tells_and_the_list_says_so() {
     let mut m = Machine::new();
     m.write("proc/sys/kernel/osrelease", "5.10.0-36-amd64\n");
-    for index in 1..=3 {
+    for index in 1..=4 {
         m.connect(index, None);
     }
-    m.ours.recorded.insert(1, (vol("vol1"), Some(ByteSize(1 << 30))));
-    m.ours.recorded.insert(2, (vol("vol2"), Some(ByteSize(2 << 30))));
+    m.ours.recorded.insert(1, vec![(vol("vol1"), Some(4711))]);
+    m.ours.recorded.insert(2, vec![(vol("vol2"), Some(4712))]);
     m.assert(1, Verdict::OursLeaked, "");
     assert_eq!(m.one(1).proof, Some(Proof::Journal));
-    m.assert(2, Verdict::Unknown, "its size is another");
+    m.ours.recorded.insert(4, vec![(vol("vol4"), None)]);
+    m.assert(2, Verdict::Unknown, "cannot prove");
     m.assert(3, Verdict::Foreign, "");
+    m.assert(4, Verdict::Unknown, "cannot prove");
+    // A stale record of another volume does not hide the true one; two that both fit prove nothing.
+    m.ours.recorded.insert(1, vec![(vol("old"), Some(99)), (vol("vol1"), Some(4711))]);
+    m.assert(1, Verdict::OursLeaked, "");
+    m.ours.recorded.insert(1, vec![(vol("old"), Some(4711)), (vol("vol1"), Some(4711))]);
+    m.assert(1, Verdict::Unknown, "cannot prove");
+    m.ours.recorded.insert(1, vec![(vol("vol1"), Some(4711))]);
     assert!(!m.look().identifiers);
     m.write("proc/sys/kernel/osrelease", "linux\n");
     m.assert(1, Verdict::Unknown, "release is not known");

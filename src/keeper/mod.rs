@@ -10,7 +10,7 @@
 mod causes;
 pub mod client;
 pub mod control;
-mod device;
+pub mod device;
 pub mod fuse;
 pub mod guard;
 pub mod log;

@@ -47,7 +47,7 @@ pub fn list(survey: &Survey, check: bool, now: Timestamp) -> Report {
     }
     if !survey.identifiers {
         notes.push(
-            "note: this kernel is older than 5.14 and keeps no backend identifiers: the journal tells what is ours"
+            "note: this kernel is older than 5.14 and keeps no backend identifiers: our records tell what is ours"
                 .into(),
         );
     }

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::survey::{Owners, Server};
-use super::sysfs;
-use crate::journal::{self, Journal, Standing, volume_folder};
+use crate::journal::{self, volume_folder};
 use crate::keeper::client::KeeperClient;
+use crate::keeper::device::Record;
 use crate::keeper::process::Identity;
 use crate::keeper::{PID_FILE, ZEROFS_PID_FILE};
-use crate::values::{ByteSize, VolumeId};
+use crate::values::VolumeId;
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -52,7 +52,7 @@ impl Owners for RunDir {
                     answers: true,
                     zerofs: status.zerofs.and_then(|z| u32::try_from(z.pid).ok()),
                     state: Some(status.state.name().to_owned()),
-                    dead_links: None,
+                    dead_links: status.nbd.map(|n| n.dead_connections),
                 },
                 None => Server {
                     keeper: alive(&folder.join(PID_FILE)),
@@ -65,21 +65,18 @@ impl Owners for RunDir {
         asked.into_iter().map(answer).collect()
     }
 
-    fn recorded(&self) -> BTreeMap<u32, (VolumeId, Option<ByteSize>)> {
-        let mut found = BTreeMap::new();
+    fn recorded(&self) -> BTreeMap<u32, Vec<(VolumeId, Option<u32>)>> {
+        let mut found: BTreeMap<u32, Vec<_>> = BTreeMap::new();
         for volume in journal::volumes(&self.run).unwrap_or_default() {
-            let standing = match Journal::peek(&self.run, &volume) {
-                Ok(runs) => Standing::of(&runs.unwrap_or_default()),
-                Err(e) => {
-                    tracing::warn!("{e}");
-                    continue;
-                }
-            };
-            if standing.connect.is_some()
-                && let Some(device) = &standing.facts.device
-                && let Some(index) = sysfs::index_of(&device.path)
+            let record = Record::read(&volume_folder(&self.run, &volume)).unwrap_or_else(|e| {
+                tracing::warn!(volume = %volume, "{e}");
+                None
+            });
+            if let Some(record) = record
+                && let Some(index) = record.index
             {
-                found.insert(index, (volume, Some(device.size)));
+                let pid = record.pid.and_then(|pid| u32::try_from(pid).ok());
+                found.entry(index).or_default().push((volume, pid));
             }
         }
         found

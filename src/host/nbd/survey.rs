@@ -55,7 +55,7 @@ pub struct Server {
     /// One word of the keeper's: ready, stalled, …
     pub state: Option<String>,
     /// Connections of the device that the kernel has given up, if the keeper tells.
-    pub dead_links: Option<u32>,
+    pub dead_links: Option<u64>,
 }
 
 impl Server {
@@ -79,9 +79,9 @@ impl Server {
 pub trait Owners {
     /// What stands behind each of the volumes.
     fn servers(&self, volumes: &[VolumeId]) -> BTreeMap<VolumeId, Server>;
-    /// Which volume our journals have at which index, with the size that the device had. For kernels without
-    /// identifiers.
-    fn recorded(&self) -> BTreeMap<u32, (VolumeId, Option<ByteSize>)>;
+    /// Which volumes our records have at which index, and the process that connected each, as the kernel showed it. For
+    /// kernels without identifiers.
+    fn recorded(&self) -> BTreeMap<u32, Vec<(VolumeId, Option<u32>)>>;
     /// The process of an operation that holds the volume's lock.
     fn at_work(&self, volume: &VolumeId) -> Option<i32>;
 }
@@ -323,6 +323,7 @@ fn whose(drafts: &mut [Draft], roots: &Roots, owners: &dyn Owners, identifiers: 
     let mut recorded = None;
     for draft in drafts {
         let index = draft.device.index;
+        let connected_by = draft.device.connection.as_ref().and_then(|c| c.pid);
         let folder = roots.sys.join("block").join(format!("nbd{index}"));
         let backend = match read_small(&folder.join("backend")) {
             Ok(text) => Backend::Text(text.strip_suffix('\n').unwrap_or(&text).to_owned()),
@@ -342,10 +343,7 @@ fn whose(drafts: &mut [Draft], roots: &Roots, owners: &dyn Owners, identifiers: 
         let named = (backend == Backend::Unsupported)
             .then(|| recorded.get_or_insert_with(|| owners.recorded()).get(&index))
             .flatten()
-            .map(|(volume, size)| Recorded {
-                volume: volume.clone(),
-                fits: *size == Some(draft.device.size),
-            });
+            .and_then(|records| Recorded::among(records, connected_by));
         draft.ownership = ownership(&backend, named.as_ref());
         if let Backend::Text(text) = backend {
             draft.device.backend = Some(text);

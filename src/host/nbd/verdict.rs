@@ -61,8 +61,20 @@ pub enum Backend {
 pub struct Recorded {
     /// The volume that was connected there.
     pub volume: VolumeId,
-    /// Whether what is connected now looks like what was recorded: same size.
+    /// Whether what is connected now is the recorded connection: the kernel shows the same process.
     pub fits: bool,
+}
+
+impl Recorded {
+    /// Of the records that name an index, each with the process that made its connection: the one that `connected_by`
+    /// proves. A record may be stale, and then another volume's is the true one; two that both fit prove nothing.
+    pub fn among(records: &[(VolumeId, Option<u32>)], connected_by: Option<u32>) -> Option<Recorded> {
+        let fitting: Vec<_> = records.iter().filter(|(_, by)| by.is_some() && *by == connected_by).collect();
+        match fitting[..] {
+            [(volume, _)] => Some(Recorded { volume: volume.clone(), fits: true }),
+            _ => records.first().map(|(volume, _)| Recorded { volume: volume.clone(), fits: false }),
+        }
+    }
 }
 
 /// How we know that it is ours.
@@ -71,7 +83,7 @@ pub struct Recorded {
 pub enum Proof {
     /// The identifier that we set when it was connected.
     Backend,
-    /// Our journal; the kernel has no identifiers.
+    /// Our own records of the connection; the kernel has no identifiers.
     Journal,
 }
 
@@ -96,7 +108,7 @@ pub fn ownership(backend: &Backend, recorded: Option<&Recorded>) -> Ownership {
         (Backend::Absent, _) | (Backend::Unsupported, None) => Ownership::Foreign,
         (Backend::Unsupported, Some(r)) if r.fits => Ownership::Ours(r.volume.clone(), Proof::Journal),
         (Backend::Unsupported, Some(r)) => Ownership::Unknown(format!(
-            "the journal of {} names it, but its size is another: somebody else may have it now",
+            "a record of {} names it, but cannot prove that it is still the same connection",
             r.volume
         )),
         (Backend::Unreadable(why), _) => Ownership::Unknown(why.clone()),
