@@ -121,7 +121,6 @@ fn holds(path: &Path, fill: u8) -> bool {
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_the_whole_story_with_every_process_killed_once() {
     let v = Volume::new();
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
@@ -167,7 +166,6 @@ fn vm_nbd_the_whole_story_with_every_process_killed_once() {
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_a_keeper_killed_while_it_takes_over_is_followed_by_one_that_succeeds() {
     let v = Volume::new();
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
@@ -192,7 +190,6 @@ fn vm_nbd_a_keeper_killed_while_it_takes_over_is_followed_by_one_that_succeeds()
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_kills_under_a_verifying_load_are_stalls_and_nothing_else() {
     let v = Volume::new();
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
@@ -235,7 +232,6 @@ fn vm_nbd_kills_under_a_verifying_load_are_stalls_and_nothing_else() {
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_a_device_grows_while_it_is_mounted_and_never_shrinks() {
     let v = Volume::new();
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
@@ -259,7 +255,6 @@ fn vm_nbd_a_device_grows_while_it_is_mounted_and_never_shrinks() {
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_a_device_that_nobody_takes_over_in_time_is_said_to_be_dead() {
     let v = Volume::new();
     let options = ConnectOptions { reconnect_timeout_ms: 1000, ..ConnectOptions::default() };
@@ -283,7 +278,6 @@ fn vm_nbd_a_device_that_nobody_takes_over_in_time_is_said_to_be_dead() {
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_a_fenced_volume_fails_its_device_and_lets_it_be_detached() {
     let v = Volume::new();
     let disk = Disk::attach(&v, &ConnectOptions::default());
@@ -308,7 +302,6 @@ fn vm_nbd_a_fenced_volume_fails_its_device_and_lets_it_be_detached() {
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_the_direct_path_fails_its_device_when_zerofs_dies_and_outlives_its_keeper() {
     let v = Volume::new();
     let options = ConnectOptions { path: NbdPath::Direct, ..ConnectOptions::default() };
@@ -345,7 +338,6 @@ fn vm_nbd_the_direct_path_fails_its_device_when_zerofs_dies_and_outlives_its_kee
 }
 
 #[test]
-#[ignore = "needs a kernel with nbd: run it in the virtual machine"]
 fn vm_nbd_read_only_a_taken_index_and_a_wrong_backend_are_refused_by_the_kernel() {
     let v = Volume::new();
     let options = ConnectOptions { read_only: true, ..ConnectOptions::default() };
