@@ -36,11 +36,7 @@ fn outside_view(device: &Device) -> (bool, u64, bool) {
     let path = device.path();
     let path = path.to_str().unwrap();
     let number = |what| run("blockdev", &[what, path]).trim().parse::<u64>().unwrap();
-    (
-        try_run("nbd-client", &["-c", path]).status.success(),
-        number("--getsize64"),
-        number("--getro") == 1,
-    )
+    (try_run("nbd-client", &["-c", path]).status.success(), number("--getsize64"), number("--getro") == 1)
 }
 
 fn assert_free(index: u32) {
