@@ -422,7 +422,7 @@ impl<'a> World for &'a Node {
 }
 
 fn cases() -> u64 {
-    std::env::var("ZEROFSCTL_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(2_000)
+    std::env::var("ZEROFSCTL_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(2_000).max(500)
 }
 
 /// Histories with a collector that runs again and again; then everything is quiet, and it runs once more.
@@ -432,7 +432,20 @@ fn histories(identifiers: bool) {
     for _ in 0..cases() {
         let seed: u64 = seeds.random();
         let node = Node::new(seed, identifiers);
-        let spec = GcSpec { older_than: Duration::from_secs(seed / 4 % 90), pause: Duration::from_secs(1) };
+        let spec = GcSpec {
+            older_than: Duration::from_secs([0, 0, 2, 30][(seed / 4 % 4) as usize]),
+            pause: Duration::from_secs(1),
+        };
+        for volume in 0..VOLUMES {
+            // A crash has left most of them without a server.
+            let mut s = node.0.borrow_mut();
+            if s.random.random_bool(0.7)
+                && let Some(index) = s.connect(format!("zerofs:vol{volume}"), Some(volume))
+            {
+                let pid = s.slots[&index].pid;
+                s.volumes[volume].record = Some((index, pid));
+            }
+        }
         for _ in 0..6 {
             let events = node.0.borrow_mut().random.random_range(0..12);
             for _ in 0..events {
@@ -467,7 +480,7 @@ fn histories(identifiers: bool) {
         collected += leaks.len();
     }
     println!("{} histories: {in_races} devices collected in races, {collected} once it was quiet", cases());
-    assert!(collected > 0 && in_races > 0, "the histories make no leaks: they try nothing");
+    assert!(collected > 0 && in_races > 100, "the histories make too few leaks: they try nothing");
 }
 
 #[test]
