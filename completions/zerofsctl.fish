@@ -45,6 +45,7 @@ complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "resize" -d 'Gro
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "fsck" -d 'Check the filesystem of a detached volume; repair it with --repair'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "recover" -d 'Settle what killed commands and killed keepers left'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "watch" -d 'Start the next keeper of each volume whose keeper died'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "nbd" -d 'See, watch and tidy up the kernel\'s NBD devices; ask an NBD server what it has'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "zerofs" -d 'Tell what is known of ZeroFS itself'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "demo" -d 'Try it out: attach, write, detach, compare, resize, check, clean up'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l target -d 'The folder to mount it at, or with --block the link to make; an empty or new one' -r -F
@@ -184,6 +185,77 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -l log-format
 json\t'One JSON object per line'"
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -s h -l help -d 'Print this help'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -f -a "list" -d 'List the connected NBD devices, who uses and serves each, and what it is to us'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -f -a "gc" -d 'Disconnect NBD devices of ours that leaked; a plan unless --yes is given'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -f -a "info" -d 'Ask an NBD server on a unix socket for its exports, their sizes and what it can do'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and not __fish_seen_subcommand_from list gc info watch" -f -a "watch" -d 'Print what becomes of NBD devices, a line each, until Ctrl-C'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l all -d 'Also devices that are not connected'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l check -d 'Exit with code 3 when a device of ours is leaked'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l older-than -d 'How long a leak must be known, by an earlier gc or watch, such as 90s or 5m' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l pause -d 'How long to wait between the two looks' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l yes -d 'Disconnect them, without asking'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -l export -d 'Only this export; otherwise those that the server lists' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from info" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -l interval -d 'How long to wait between two looks; lost connections are told at once' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
 wide\t'The table with more columns'
 json\t'One JSON object'

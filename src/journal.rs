@@ -521,6 +521,25 @@ pub fn settlement(open: Option<&Run>, wanted: Option<&Plan>) -> Settlement {
     }
 }
 
+/// A volume's lock without its journal: for those who only have to keep every operation away for a while.
+#[derive(Debug)]
+pub struct Held {
+    lock: Lock,
+    folder: PathBuf,
+}
+
+impl Held {
+    /// Takes the lock; [`Kind::Busy`] while an operation holds the volume.
+    pub fn take(run_dir: &Path, volume: &VolumeId) -> Result<Held> {
+        Ok(Held { lock: Lock::acquire(run_dir, volume)?, folder: volume_folder(run_dir, volume) })
+    }
+
+    /// Lets go of it, and leaves no lock file of a volume that has nothing else here.
+    pub fn release(self) -> Result<()> {
+        if self.folder.exists() { Ok(()) } else { self.lock.remove() }
+    }
+}
+
 /// The lock of a volume: the command line and CSI exclude each other through it.
 #[derive(Debug)]
 struct Lock {

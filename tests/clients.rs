@@ -328,3 +328,118 @@ fn qemu_nbd_agrees() {
     let file = std::fs::read(&image).unwrap();
     assert!(file[15 << 20..] == data[..]);
 }
+
+// ---------------------------------------------------------------- zerofsctl nbd info
+
+/// What our own nbdinfo says of one export.
+fn our_info(dir: &Path, socket: &str, export: &str) -> serde_json::Value {
+    let out = Command::new(env!("CARGO_BIN_EXE_zerofsctl"))
+        .args(["nbd", "info", "-o", "json", "--export", export])
+        .arg(dir.join(socket))
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let all: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((&all["schema"], &all["kind"]), (&1.into(), &"nbd-info".into()));
+    all["data"].clone()
+}
+
+/// Size, abilities and block sizes are those that nbdinfo tells.
+fn info_agrees_with_nbdinfo(dir: &Path, socket: &str, export: &str) {
+    let (theirs, all) = (nbdinfo(dir, socket, export), our_info(dir, socket, export));
+    let ours = &all["exports"][0];
+    assert_eq!(all["exports"].as_array().unwrap().len(), 1);
+    assert_eq!((&ours["name"], &ours["size"]), (&export.into(), &theirs["export-size"]));
+    for (name, their_name) in [
+        ("read_only", "is_read_only"),
+        ("flush", "can_flush"),
+        ("fua", "can_fua"),
+        ("trim", "can_trim"),
+        ("write_zeroes", "can_zero"),
+        ("fast_zero", "can_fast_zero"),
+        ("cache", "can_cache"),
+        ("multi_conn", "can_multi_conn"),
+    ] {
+        assert_eq!(ours["can"][name], theirs[their_name], "{name}: {ours} {theirs}");
+    }
+    for (name, their_name) in [
+        ("min_block", "block_size_minimum"),
+        ("preferred_block", "block_size_preferred"),
+        ("max_block", "block_size_maximum"),
+    ] {
+        if let Some(size) = theirs[their_name].as_u64() {
+            assert_eq!(ours[name], size, "{name}: {ours} {theirs}");
+        }
+    }
+    let contexts = theirs["contexts"].as_array().cloned().unwrap_or_default();
+    assert_eq!(
+        ours["can"]["block_status"],
+        contexts.iter().any(|c| *c == "base:allocation"),
+        "{ours} {theirs}"
+    );
+}
+
+#[test]
+fn nbd_info_says_what_nbdinfo_says_of_nbdkit_qemu_and_zerofs() {
+    let dir = support::dir::TestDir::new();
+    let log = dir.join("servers.log");
+    let (kit, qemu, image) = (dir.join("kit.sock"), dir.join("qemu.sock"), dir.join("image"));
+    std::fs::File::create(&image).unwrap().set_len(24 * MIB).unwrap();
+    let _kit = Daemon::start(
+        Command::new("nbdkit").args(["--foreground", "--unix"]).arg(&kit).args([
+            "--filter=blocksize-policy",
+            "memory",
+            "16M",
+            "blocksize-minimum=512",
+            "blocksize-preferred=4096",
+            "blocksize-maximum=1M",
+        ]),
+        &log,
+    );
+    let _qemu = Daemon::start(
+        Command::new("qemu-nbd")
+            .args([
+                "--persistent",
+                "--read-only",
+                "--shared=4",
+                "--format=raw",
+                "--export-name=image",
+                "--socket",
+            ])
+            .arg(&qemu)
+            .arg(&image),
+        &log,
+    );
+    for socket in [&kit, &qemu] {
+        wait_until("the server listens", Duration::from_secs(20), || UnixStream::connect(socket).is_ok());
+    }
+    info_agrees_with_nbdinfo(dir.path(), "kit.sock", "");
+    info_agrees_with_nbdinfo(dir.path(), "qemu.sock", "image");
+    // Without a name: what the server lists.
+    let out = Command::new(env!("CARGO_BIN_EXE_zerofsctl"))
+        .args(["nbd", "info", "-o", "name"])
+        .arg(&qemu)
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "image\n");
+    // An export that is not there, a socket that is not there, a file that is none.
+    for (socket, export, code, word) in [
+        (&qemu, "other", 10, "no export \"other\""),
+        (&dir.join("none.sock"), "x", 10, "there is no socket"),
+        (&image, "x", 20, "nobody answers"),
+    ] {
+        let out = Command::new(env!("CARGO_BIN_EXE_zerofsctl"))
+            .args(["nbd", "info", "--export", export])
+            .arg(socket)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(code), "{text}");
+        assert!(text.contains(word) && text.contains("hint:"), "{text}");
+    }
+    let volume = Volume::new(PASSWORD);
+    let server = volume.start("info");
+    ninep::create_disk(&server.dir, "disk", 8 * MIB).unwrap();
+    info_agrees_with_nbdinfo(&server.dir, NBD_SOCKET, "disk");
+    assert!(server.stop().success());
+}

@@ -394,3 +394,200 @@ fn the_config_of_every_version() {
     }
     assert_snapshot!(text);
 }
+
+// ---------------------------------------------------------------- NBD devices
+
+mod nbd_devices {
+    use zerofsctl::host::nbd::capacity::Capacity;
+    use zerofsctl::host::nbd::survey::{Connection, Device, Server, Survey};
+    use zerofsctl::host::nbd::usage::Mounted;
+    use zerofsctl::host::nbd::verdict::{Proof, Verdict};
+    use zerofsctl::ops::nbd_gc::{Fate, GcSpec, Item, Left};
+    use zerofsctl::report::nbd::{ExportInfo, changes, gc, info, list};
+    use zerofsctl::zerofs::nbd::{Export, TransmissionFlags};
+
+    use super::*;
+
+    fn now() -> jiff::Timestamp {
+        "2026-11-26T12:00:00Z".parse().unwrap()
+    }
+
+    fn device(index: u32, backend: Option<&str>, verdict: Verdict, why: &str) -> Device {
+        let volume = backend.and_then(zerofsctl::host::nbd::volume_of);
+        Device {
+            index,
+            path: format!("/dev/nbd{index}").into(),
+            connection: Some(Connection {
+                id: u64::from(index),
+                pid: Some(4711),
+                since: "2026-11-26T09:55:00Z".parse().unwrap(),
+            }),
+            size: ByteSize(10 * ByteSize::GIB),
+            backend: backend.map(str::to_owned),
+            proof: volume.as_ref().map(|_| Proof::Backend),
+            server: volume.as_ref().map(|_| Server::default()),
+            volume,
+            mounts: vec![],
+            holders: vec![],
+            openers: Some(vec![]),
+            verdict: Some(verdict),
+            why: why.into(),
+            leaked_since: None,
+        }
+    }
+
+    fn devices() -> Vec<Device> {
+        let answers = Server {
+            keeper: Some(4711),
+            answers: true,
+            zerofs: Some(4712),
+            state: Some("ready".into()),
+            dead_links: Some(0),
+        };
+        let mount = |target: &str, in_namespace_of| Mounted { target: target.into(), in_namespace_of };
+        let used = Device {
+            server: Some(answers.clone()),
+            mounts: vec![
+                mount("/mnt/vol1", None),
+                mount("/mnt/vol1", Some(77)),
+                mount("/data", Some(77)),
+                mount("/data", Some(78)),
+            ],
+            ..device(0, Some("zerofs:vol1"), Verdict::OursInUse, "mounted at /mnt/vol1")
+        };
+        let idle = Device {
+            server: Some(answers),
+            ..device(1, Some("zerofs:vol2"), Verdict::OursIdle, "its keeper answers (pid 4711)")
+        };
+        let leaked = Device {
+            leaked_since: Some("2026-11-26T11:48:00Z".parse().unwrap()),
+            ..device(
+                2,
+                Some("zerofs:vol3"),
+                Verdict::OursLeaked,
+                "no mount, no holder, nobody has it open, and nothing serves it",
+            )
+        };
+        let foreign = Device {
+            holders: vec!["dm-0".into()],
+            openers: Some(vec![User { pid: 99, name: "qemu".into() }]),
+            ..device(3, Some("zerofs:\u{1b}[31m"), Verdict::Foreign, "its backend identifier is not ours")
+        };
+        let unknown = device(
+            4,
+            Some("zerofs:vol5"),
+            Verdict::Unknown,
+            "the mounts of 3 processes may not be read: run it as root",
+        );
+        let mut absent = device(5, None, Verdict::Foreign, "not connected");
+        (absent.connection, absent.verdict, absent.size) = (None, None, ByteSize(0));
+        vec![used, idle, leaked, foreign, unknown, absent]
+    }
+
+    fn survey(devices: Vec<Device>) -> Survey {
+        let connected = devices.iter().filter(|d| d.is_connected()).count() as u32;
+        let capacity =
+            Capacity { available: true, nbds_max: Some(16), existing: 16, connected, limit: 1 << 15 };
+        Survey { devices, capacity, identifiers: true, namespaces: 3 }
+    }
+
+    #[test]
+    fn lists_of_nbd_devices() {
+        forms("nbd-list", &list(&survey(devices()), false, now()));
+        assert_eq!(list(&survey(devices()), true, now()).exit, 3);
+        assert_eq!(list(&survey(devices()[..2].to_vec()), true, now()).exit, 0);
+        let show = |name: &str, survey: &Survey| {
+            assert_snapshot!(
+                format!("nbd-list-{name}"),
+                list(survey, true, now()).render(Format::Table, None).unwrap()
+            );
+        };
+        show("none", &survey(vec![]));
+        let none = Capacity { available: false, nbds_max: None, existing: 0, connected: 0, limit: 0 };
+        show("no-module", &Survey { capacity: none, ..survey(vec![]) });
+        let full = Capacity { available: true, nbds_max: Some(2), existing: 2, connected: 2, limit: 2 };
+        let old = Survey { identifiers: false, capacity: full, ..survey(devices()[..2].to_vec()) };
+        show("old-kernel-and-full", &old);
+    }
+
+    #[test]
+    fn collections_of_nbd_devices() {
+        let spec = GcSpec { older_than: Duration::from_secs(300), pause: Duration::from_secs(1) };
+        let with = |leak: Fate, left: Left| -> Vec<Item> {
+            devices()[..5]
+                .iter()
+                .map(|d| match d.verdict {
+                    Some(Verdict::OursLeaked) => {
+                        Item { device: d.clone(), fate: leak.clone(), left: Some(left) }
+                    }
+                    _ => Item { device: d.clone(), fate: Fate::Kept(d.why.clone()), left: None },
+                })
+                .collect()
+        };
+        forms("nbd-gc-plan", &gc(&with(Fate::Would, Left::Maybe), spec, false));
+        let show = |name: &str, items: &[Item], exit: u8| {
+            let report = gc(items, spec, true);
+            assert_eq!(report.exit, exit, "{name}");
+            assert_snapshot!(format!("nbd-gc-{name}"), report.render(Format::Table, None).unwrap());
+        };
+        show("done", &with(Fate::Disconnected, Left::Entries(7)), 0);
+        show(
+            "young",
+            &with(
+                Fate::Kept("leaked, but known so for 12s only, and 5m are asked for".into()),
+                Left::Nothing,
+            ),
+            0,
+        );
+        show(
+            "failed",
+            &with(Fate::Failed("/dev/nbd2 is not free 10 s after the disconnect".into()), Left::Nothing),
+            1,
+        );
+        show("nothing", &[], 0);
+    }
+
+    #[test]
+    fn what_an_nbd_server_has() {
+        let export = |name: &str, flags: u16, block_status: bool| ExportInfo {
+            name: name.into(),
+            export: Export {
+                size: 3 << 30,
+                flags: TransmissionFlags::new(flags),
+                min_block: 1,
+                preferred_block: 4096,
+                max_block: 32 << 20,
+            },
+            block_status,
+        };
+        let socket = Path::new("/run/zerofsctl/volumes/vol1/nbd.sock");
+        forms("nbd-info", &info(socket, true, true, &[export("disk", 0x16d, false), export("", 3, true)]));
+        assert_snapshot!(
+            "nbd-info-none",
+            info(socket, true, false, &[]).render(Format::Table, None).unwrap()
+        );
+    }
+
+    #[test]
+    fn changes_of_nbd_devices() {
+        let before = devices();
+        let mut after = devices();
+        // One is connected anew, one grew, one became idle, one is gone, one has come.
+        after[0].connection.as_mut().unwrap().id = 77;
+        after[1].size = ByteSize(20 * ByteSize::GIB);
+        after[2].verdict = Some(Verdict::OursIdle);
+        after[2].why = "its keeper answers (pid 4800)".into();
+        after.remove(3);
+        after[4] = device(5, Some("nbdkit"), Verdict::Foreign, "its backend identifier is not ours");
+        let mut all = changes(&before, &after);
+        all.push(zerofsctl::report::nbd::Change::LinkDead { index: 1 });
+        assert!(changes(&after, &after).is_empty());
+        let lines = |json| all.iter().map(|c| c.line(now(), json) + "\n").collect::<String>();
+        assert_snapshot!("nbd-watch", lines(false));
+        for line in lines(true).lines() {
+            let value: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!((&value["schema"], &value["kind"]), (&1.into(), &"nbd-change".into()));
+        }
+        assert_snapshot!("nbd-watch-json", lines(true));
+    }
+}

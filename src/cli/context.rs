@@ -143,6 +143,11 @@ impl Context {
         Context { global, cwd, progress, trial: false }
     }
 
+    /// In which form the answer is wanted.
+    pub fn format(&self) -> Format {
+        self.global.output
+    }
+
     /// What takes a plan through, with its progress shown. From here on a first Ctrl-C waits for the step at hand.
     pub fn engine<'a>(&'a self, host: &'a LinuxHost) -> Engine<'a> {
         catch_signals();

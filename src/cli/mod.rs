@@ -18,6 +18,7 @@ mod fsck;
 mod generate;
 mod keeper;
 mod list;
+mod nbd;
 mod progress;
 mod recover;
 mod resize;
@@ -132,6 +133,7 @@ enum Command {
     Fsck(fsck::FsckArgs),
     Recover(recover::RecoverArgs),
     Watch(watch::WatchArgs),
+    Nbd(nbd::NbdArgs),
     Zerofs(zerofs::ZerofsArgs),
     Demo(demo::DemoArgs),
     #[command(hide = true)]
@@ -207,6 +209,7 @@ fn run(command: Command, context: &Context) -> Result<Report> {
         Command::Fsck(args) => fsck::run(&args, context),
         Command::Recover(args) => recover::run(&args, context),
         Command::Watch(args) => watch::run(&args, context),
+        Command::Nbd(args) => nbd::run(&args, context, context.format()),
         Command::Zerofs(args) => zerofs::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
         Command::Generate(args) => generate::run(&args),

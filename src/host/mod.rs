@@ -279,7 +279,7 @@ pub enum TargetView {
 }
 
 /// Who uses a device or a mount.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct User {
     /// Process id.
     pub pid: u32,

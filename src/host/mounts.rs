@@ -34,6 +34,39 @@ pub fn parse(text: &str) -> Vec<MountEntry> {
         .collect()
 }
 
+/// One line of mountinfo as the kernel numbers it: for those who look for a device, whatever it is called there. Most
+/// lines are of no interest to them, so nothing is decoded yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceLine<'a> {
+    /// The device's number; one without a device for btrfs and pseudo filesystems.
+    pub dev: u64,
+    /// Which part of the filesystem is mounted.
+    pub root: &'a str,
+    /// `ext4`, `nsfs`, …
+    pub fs: &'a str,
+    /// `/dev/loop3`, or the filesystem's own name.
+    pub source: &'a str,
+    target: &'a str,
+}
+
+impl DeviceLine<'_> {
+    /// Parses a line; none when it makes no sense.
+    pub fn parse(line: &str) -> Option<DeviceLine<'_>> {
+        let (left, right) = line.split_once(" - ")?;
+        let mut left = left.split(' ').skip(2);
+        let (number, root, target) = (left.next()?, left.next()?, left.next()?);
+        let (major, minor) = number.split_once(':')?;
+        let dev = nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?);
+        let mut right = right.split(' ');
+        Some(DeviceLine { dev, root, fs: right.next()?, source: right.next()?, target })
+    }
+
+    /// Mount point.
+    pub fn target(&self) -> PathBuf {
+        PathBuf::from(decode(self.target))
+    }
+}
+
 /// What is mounted exactly at `target`: the topmost, when several are stacked.
 pub fn at(table: &[MountEntry], target: &Path) -> Option<MountEntry> {
     table.iter().rfind(|m| m.target == target).cloned()

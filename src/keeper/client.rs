@@ -26,7 +26,11 @@ pub struct KeeperClient {
 impl KeeperClient {
     /// Connects to the keeper of the volume with this run folder. [`Kind::NotFound`] when none runs there.
     pub fn connect(run_dir: &Path) -> Result<KeeperClient> {
-        let limit = sock::CONTROL_TIMEOUT;
+        KeeperClient::connect_within(run_dir, sock::CONTROL_TIMEOUT)
+    }
+
+    /// The same, with another time limit for connecting and for each answer.
+    pub fn connect_within(run_dir: &Path, limit: Duration) -> Result<KeeperClient> {
         let stream = sock::connect_within(run_dir, SOCKET, limit).map_err(|e| {
             let socket = run_dir.join(SOCKET);
             match e.kind() {
@@ -59,6 +63,23 @@ impl KeeperClient {
     pub fn status(&mut self) -> Result<Status> {
         match self.ask(&Request::Status)? {
             Answer::Status(status) => Ok(*status),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Asks for the status and does not wait for it: for those who ask many keepers at once.
+    /// [`status_by`](Self::status_by) reads the answer.
+    pub fn ask_status(&mut self) -> Result<()> {
+        self.send(&Request::Status)
+    }
+
+    /// The answer to [`ask_status`](Self::ask_status), waited for until `deadline`.
+    pub fn status_by(&mut self, deadline: Instant) -> Result<Status> {
+        // A moment at least: what has arrived already is read also when others took all the time.
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        match self.receive(left)? {
+            Answer::Status(status) => Ok(*status),
+            Answer::Error(e) => Err(e.into()),
             other => Err(unexpected(&other)),
         }
     }

@@ -56,13 +56,17 @@ const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the next keeper of the volume must know of its device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub struct Record {
     /// The version of this format.
     format: u32,
     /// The boot that the device was connected in; after another one there is no device.
     boot: String,
     /// The N of `/dev/nbdN`; none between the decision to connect and the kernel's answer.
     pub index: Option<u32>,
+    /// What the kernel shows as the process that connected it: with it, a connection is known again on kernels that
+    /// keep no identifier.
+    #[serde(default)]
+    pub pid: Option<i32>,
     /// What the sockets lead to.
     pub path: NbdPath,
     read_only: bool,
@@ -231,6 +235,7 @@ impl Shared {
             format: Record::FORMAT,
             boot: boot_id(),
             index: None,
+            pid: None,
             path: options.path,
             read_only: options.read_only,
             reconnect_timeout_ms: options.reconnect_timeout_ms,
@@ -266,6 +271,7 @@ impl Shared {
             }
         };
         record.index = Some(index);
+        record.pid = sysfs::one(index)?.and_then(|d| d.pid);
         self.remember(&record)?;
         if record.path == NbdPath::Direct {
             *lock(&self.device.direct) = kernel_ends;
@@ -734,6 +740,7 @@ mod tests {
             format: 1,
             boot: boot_id(),
             index: Some(3),
+            pid: None,
             path: NbdPath::Direct,
             read_only: true,
             reconnect_timeout_ms: 5000,

@@ -11,7 +11,7 @@ mod apart;
 mod causes;
 pub mod client;
 pub mod control;
-pub(crate) mod device;
+pub mod device;
 pub mod fuse;
 pub mod guard;
 pub mod log;
@@ -56,6 +56,9 @@ pub const CONFIG: &str = "keeper.json";
 
 /// The keeper's identity in the run folder.
 pub const PID_FILE: &str = "keeper.pid";
+
+/// The file in the run folder that names the process of ZeroFS.
+pub const ZEROFS_PID_FILE: &str = supervisor::RECORD;
 
 /// Held by the keeper of a run folder while it lives.
 const LOCK: &str = "keeper.lock";

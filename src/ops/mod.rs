@@ -17,6 +17,7 @@ use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 pub mod attach;
 pub mod detach;
 pub mod fsck;
+pub mod nbd_gc;
 pub mod recover;
 pub mod resize;
 pub mod take_over;

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::journal::Outcome;
 use crate::run::{Preview, RunReport, Would};
 
+pub mod nbd;
 pub mod operation;
 pub mod volume;
 
@@ -54,6 +55,8 @@ pub struct Report {
     pub data: Value,
     /// The exit code.
     pub exit: u8,
+    /// It was printed while it came to be.
+    pub printed: bool,
 }
 
 impl Report {
@@ -69,7 +72,13 @@ impl Report {
             names: Vec::new(),
             data: serde_json::to_value(data).unwrap_or(Value::Null),
             exit: 0,
+            printed: false,
         }
+    }
+
+    /// Nothing to print: the answer was given line by line.
+    pub fn printed(kind: &'static str) -> Report {
+        Report { printed: true, ..Report::new(kind, ()) }
     }
 
     /// With a line above the table.
@@ -174,6 +183,9 @@ impl Report {
 
     /// The text of it.
     pub fn render(&self, format: Format, width: Option<u16>) -> Result<String> {
+        if self.printed {
+            return Ok(String::new());
+        }
         let failed = |e: &dyn std::fmt::Display| Error::failed(format!("cannot encode the report: {e}"));
         Ok(match format {
             Format::Json => {

@@ -22,12 +22,14 @@ const CHUNK_MAGIC: u32 = 0x668e_33ef;
 const HANDSHAKE_FIXED_NEWSTYLE: u16 = 1;
 const HANDSHAKE_NO_ZEROES: u16 = 2;
 
+const OPT_LIST: u32 = 3;
 const OPT_INFO: u32 = 6;
 const OPT_GO: u32 = 7;
 const OPT_STRUCTURED_REPLY: u32 = 8;
 const OPT_SET_META_CONTEXT: u32 = 10;
 
 const REP_ACK: u32 = 1;
+const REP_SERVER: u32 = 2;
 const REP_INFO: u32 = 3;
 const REP_META_CONTEXT: u32 = 4;
 const REP_ERROR: u32 = 1 << 31;
@@ -352,6 +354,65 @@ impl<S: Read + Write> Inquiry<S> {
     }
 }
 
+impl<S: Read + Write> Inquiry<S> {
+    /// The names of the exports that the server tells; none when it does not tell.
+    pub fn list(&mut self) -> Result<Option<Vec<String>>> {
+        self.step(|stream| {
+            send_option(stream, OPT_LIST, &[])?;
+            let mut names = Vec::new();
+            for _ in 0..MAX_OPTION_REPLIES {
+                match option_reply(stream, OPT_LIST)? {
+                    (REP_ACK, _) => return Ok(Some(names)),
+                    (REP_SERVER, data) => {
+                        let len = Bytes(&data).u32() as usize;
+                        let name = data.get(4..).and_then(|rest| rest.get(..len));
+                        let name = name.ok_or_else(|| violation("an export name longer than its message"))?;
+                        let name = std::str::from_utf8(name);
+                        names.push(
+                            name.map_err(|_| violation("an export name that is not UTF-8"))?.to_owned(),
+                        );
+                    }
+                    (kind, _) if kind >= REP_ERROR => return Ok(None),
+                    (kind, _) => return Err(violation(format!("option reply type {kind}"))),
+                }
+            }
+            Err(violation("it lists exports without end"))
+        })
+    }
+
+    /// Whether the server agrees to structured replies. They stay agreed on for the connection.
+    pub fn structured(&mut self) -> Result<bool> {
+        self.step(|stream| structured_replies(stream))
+    }
+
+    /// Whether the server tells holes from data for `export`, by `base:allocation`; needs structured replies.
+    pub fn has_block_status(&mut self, export: &str) -> Result<bool> {
+        check_name(export)?;
+        self.step(|stream| allocation_context(stream, export).map(|context| context.is_some()))
+    }
+
+    fn step<T>(&mut self, question: impl FnOnce(&mut S) -> Result<T>) -> Result<T> {
+        if !self.in_step {
+            return Err(
+                Error::new(Kind::Unreachable, "the NBD connection failed before").hint("connect again")
+            );
+        }
+        let answer = question(&mut self.stream);
+        self.in_step = answer.is_ok();
+        answer
+    }
+}
+
+/// Asks for structured replies; false when the server has none.
+fn structured_replies<S: Read + Write>(s: &mut S) -> Result<bool> {
+    send_option(s, OPT_STRUCTURED_REPLY, &[])?;
+    match option_reply(s, OPT_STRUCTURED_REPLY)? {
+        (REP_ACK, _) => Ok(true),
+        (kind, _) if kind >= REP_ERROR => Ok(false),
+        (kind, _) => Err(violation(format!("option reply type {kind}"))),
+    }
+}
+
 const OPENING: &str = "open the export";
 
 fn greet<S: Read + Write>(s: &mut S) -> Result<()> {
@@ -535,12 +596,7 @@ impl<S: Read + Write> Client<S> {
     pub fn connect_structured(mut stream: S, export: &str) -> Result<Self> {
         check_name(export)?;
         greet(&mut stream)?;
-        send_option(&mut stream, OPT_STRUCTURED_REPLY, &[])?;
-        let structured = match option_reply(&mut stream, OPT_STRUCTURED_REPLY)? {
-            (REP_ACK, _) => true,
-            (kind, _) if kind >= REP_ERROR => false,
-            (kind, _) => return Err(violation(format!("option reply type {kind}"))),
-        };
+        let structured = structured_replies(&mut stream)?;
         let allocation = if structured { allocation_context(&mut stream, export)? } else { None };
         let export = describe(&mut stream, OPT_GO, export)?;
         Ok(Client { stream, export, structured, allocation, cookie: 0, in_step: true })

@@ -11,6 +11,8 @@
 //! | [`netlink::LinkDead`] | listens for connections that the kernel has given up |
 //! | [`disconnect_and_wait`]`(index, limit)` | disconnects, and waits until the kernel has let go |
 //! | [`sysfs::all`], [`sysfs::one`], [`sysfs::find`]`(backend)` | what the devices look like now |
+//! | [`capacity()`] | how many devices there are and can be |
+//! | [`survey::take`] | every device, who uses and serves it, and what it is to us |
 //!
 //! Nothing here asks whether a device is in use: the kernel disconnects a mounted device without a word, so the caller
 //! must have proved that it is not. And nothing here trusts `pid` in sysfs: it is the process that made the
@@ -22,8 +24,16 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Kind, Result};
 use crate::values::VolumeId;
 
+pub mod capacity;
+pub mod marks;
 pub mod netlink;
+pub mod owners;
+pub mod survey;
 pub mod sysfs;
+pub mod usage;
+pub mod verdict;
+
+pub use capacity::capacity;
 
 /// What our backend identifiers start with.
 pub const BACKEND_PREFIX: &str = "zerofs:";

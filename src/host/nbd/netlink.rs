@@ -271,6 +271,13 @@ impl LinkDead {
     }
 }
 
+impl AsFd for LinkDead {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the socket owns the descriptor, and is borrowed for as long as it is used.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+    }
+}
+
 /// Why a command failed.
 #[derive(Debug)]
 enum Failure {

@@ -1,0 +1,189 @@
+//! nbd gc: disconnects leaked NBD devices, and nothing else.
+//!
+//! Who disconnects a device that is in use loses data, and the kernel lets him. So a device must be found leaked
+//! twice, with a pause between, by looks that see every way of using it; then, with its volume's lock held and with an
+//! exclusive claim on the device from the kernel itself (which a mount in any namespace, a holder or a swap refuses,
+//! and which keeps the index from becoming another connection), once more; and only then it goes. Any doubt keeps it.
+
+mod node;
+
+pub use node::Node;
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::host::nbd::survey::{Device, Survey};
+use crate::host::nbd::verdict::{Proof, Verdict};
+use crate::values::VolumeId;
+
+/// What to collect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GcSpec {
+    /// How long a leak must have been known as one.
+    pub older_than: Duration,
+    /// Between the two looks.
+    pub pause: Duration,
+}
+
+/// What is known of acknowledged writes in a leak's replay log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Left {
+    /// There is no log, or an empty one.
+    Nothing,
+    /// There is a log, which only the holder of the volume's lock may read.
+    Maybe,
+    /// So many entries, all of which stay.
+    Entries(u64),
+}
+
+/// Everything that a collector sees and does.
+pub trait World {
+    /// Keeps operations on the volume away, until it is dropped.
+    type Lock;
+    /// Keeps everybody else from using the device, until it is dropped.
+    type Claim;
+
+    /// A look at every device. Leaks come with the time since which they are known to be leaks.
+    fn look(&self) -> Result<Survey>;
+    /// Lets time pass.
+    fn pause(&self, time: Duration);
+    /// The time.
+    fn now(&self) -> jiff::Timestamp;
+    /// [`Kind::Busy`] while an operation holds the volume.
+    fn lock(&self, volume: &VolumeId) -> Result<Self::Lock>;
+    /// The kernel's own word that nobody has the device: [`Kind::Busy`] when somebody has.
+    fn claim(&self, index: u32) -> Result<Self::Claim>;
+    /// Disconnects, and waits until the kernel has let go; gives the claim back meanwhile.
+    fn disconnect(&self, index: u32, claim: Self::Claim) -> Result<()>;
+    /// What the volume's replay log holds; counted only with its lock.
+    fn left(&self, volume: &VolumeId, lock: Option<&Self::Lock>) -> Result<Left>;
+}
+
+/// What becomes of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "outcome", content = "why")]
+pub enum Fate {
+    /// It would be disconnected.
+    Would,
+    /// It was disconnected.
+    Disconnected,
+    /// It stays, and why.
+    Kept(String),
+    /// It should have gone, and this went wrong.
+    Failed(String),
+}
+
+/// One connected device, and what becomes of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Item {
+    /// As it was seen last.
+    pub device: Device,
+    /// What becomes of it.
+    pub fate: Fate,
+    /// For a leak: what its replay log holds.
+    pub left: Option<Left>,
+}
+
+/// What every connected device would come to: the plan.
+pub fn plan<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
+    let first = world.look()?;
+    if !first.devices.iter().any(|d| d.verdict == Some(Verdict::OursLeaked)) {
+        return Ok(first.devices.into_iter().filter(Device::is_connected).map(kept).collect());
+    }
+    world.pause(spec.pause);
+    let second = world.look()?;
+    let now = world.now();
+    let item = |device: Device| {
+        let before = first.devices.iter().find(|d| d.is_same_connection(&device));
+        let fate = match reason_to_keep(&device, before, now, spec.older_than) {
+            Some(why) => Fate::Kept(why),
+            None => Fate::Would,
+        };
+        let volume = device.volume.as_ref().filter(|_| device.verdict == Some(Verdict::OursLeaked));
+        let left = volume.map(|v| world.left(v, None)).transpose();
+        match left {
+            Ok(left) => Item { device, fate, left },
+            Err(e) => Item { device, fate: Fate::Kept(e.to_string()), left: None },
+        }
+    };
+    Ok(second.devices.into_iter().filter(Device::is_connected).map(item).collect())
+}
+
+/// Carries a plan out: each leak on its own, so that one that cannot go does not keep the others.
+pub fn collect<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
+    let mut items = plan(world, spec)?;
+    for item in items.iter_mut().filter(|i| i.fate == Fate::Would) {
+        (item.fate, item.left) = match one(world, spec, &item.device) {
+            Ok(left) => (Fate::Disconnected, Some(left)),
+            Err(e) if e.kind() == Kind::Busy => (Fate::Kept(e.message().to_owned()), item.left),
+            Err(e) => (Fate::Failed(e.to_string()), item.left),
+        };
+    }
+    Ok(items)
+}
+
+/// Disconnects one leak, when it still is one with everybody else kept away. [`Kind::Busy`] when it stays.
+fn one<W: World>(world: &W, spec: GcSpec, planned: &Device) -> Result<Left> {
+    let busy = |why: String| Error::new(Kind::Busy, why).hint("see what it is now: zerofsctl nbd list");
+    let volume =
+        planned.volume.as_ref().ok_or_else(|| Error::refused("a device without a volume is not ours"))?;
+    let lock = world.lock(volume)?;
+    let claim = world.claim(planned.index)?;
+    // The last look comes after everybody else was shut out, and right before the disconnect.
+    let now = world.look()?;
+    let device = now
+        .devices
+        .iter()
+        .find(|d| d.index == planned.index)
+        .ok_or_else(|| busy("it is gone meanwhile".into()))?;
+    let before = Some(planned).filter(|p| p.is_same_connection(device));
+    if let Some(why) = reason_to_keep(device, before, world.now(), spec.older_than) {
+        return Err(busy(why));
+    }
+    let left = world.left(volume, Some(&lock))?;
+    world.disconnect(planned.index, claim)?;
+    Ok(left)
+}
+
+fn kept(device: Device) -> Item {
+    let why = device.why.clone();
+    Item { device, fate: Fate::Kept(why), left: None }
+}
+
+/// None only for a leak of ours that is the connection which was a leak `before`, and old enough.
+fn reason_to_keep(
+    device: &Device,
+    before: Option<&Device>,
+    now: jiff::Timestamp,
+    older_than: Duration,
+) -> Option<String> {
+    if device.verdict != Some(Verdict::OursLeaked) || device.volume.is_none() {
+        return Some(device.why.clone());
+    }
+    let by_identifier = device.backend.as_deref().and_then(crate::host::nbd::volume_of);
+    let proven = match device.proof {
+        Some(Proof::Backend) => by_identifier.is_some() && by_identifier == device.volume,
+        Some(Proof::Journal) => device.backend.is_none(),
+        None => false,
+    };
+    if !proven {
+        return Some("it is not proven to be ours".into());
+    }
+    if before.is_none_or(|b| b.verdict != Some(Verdict::OursLeaked)) {
+        return Some("it was not yet leaked a moment ago".into());
+    }
+    let Some(since) = device.leaked_since else {
+        return Some("it is not known since when it is leaked".into());
+    };
+    let age = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+    (age < older_than).then(|| {
+        format!(
+            "leaked, but known so for {} only, and {} are asked for",
+            humantime::format_duration(Duration::from_secs(age.as_secs())),
+            humantime::format_duration(older_than)
+        )
+    })
+}

@@ -1,0 +1,140 @@
+//! The collector's world: this machine.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::{Left, World};
+use crate::error::{Doing, Error, Kind, Result};
+use crate::host::loopdev::open_exclusively;
+use crate::host::nbd::owners::RunDir;
+use crate::host::nbd::survey::{self, Roots, Scope, Survey};
+use crate::host::nbd::{marks, netlink, sysfs};
+use crate::journal::{Held, volume_folder};
+use crate::keeper::log::{self, ReplayLog};
+use crate::values::VolumeId;
+
+/// How long keepers may take to answer, all together.
+pub const KEEPERS: Duration = Duration::from_secs(2);
+/// How long an open of a device may take: one whose partitions were never read asks its dead server for them.
+const OPEN: Duration = Duration::from_secs(3);
+/// How long the kernel may take to let go.
+const LET_GO: Duration = Duration::from_secs(10);
+
+/// See the module.
+pub struct Node {
+    run: PathBuf,
+    roots: Roots,
+}
+
+impl Node {
+    /// The machine, with our run root.
+    pub fn new(run: &Path) -> Node {
+        Node { run: run.to_owned(), roots: Roots::default() }
+    }
+}
+
+/// A volume's lock, and no lock file left behind.
+pub struct VolumeLock(Option<Held>);
+
+impl Drop for VolumeLock {
+    fn drop(&mut self) {
+        if let Some(Err(e)) = self.0.take().map(Held::release) {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
+impl World for Node {
+    type Lock = VolumeLock;
+    type Claim = OwnedFd;
+
+    fn look(&self) -> Result<Survey> {
+        let owners = RunDir::new(&self.run, KEEPERS);
+        let mut survey = survey::take(&self.roots, &owners, Scope::default())?;
+        marks::update(&self.run, &mut survey, self.now())?;
+        Ok(survey)
+    }
+
+    fn pause(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
+    fn now(&self) -> jiff::Timestamp {
+        jiff::Timestamp::now()
+    }
+
+    fn lock(&self, volume: &VolumeId) -> Result<VolumeLock> {
+        Held::take(&self.run, volume).map(|held| VolumeLock(Some(held)))
+    }
+
+    fn claim(&self, index: u32) -> Result<OwnedFd> {
+        let path = sysfs::path(index);
+        let (tell, told) = mpsc::sync_channel(1);
+        let of_thread = path.clone();
+        // On a thread, since there is no way to end an open that waits for the device.
+        std::thread::Builder::new()
+            .name("claim".into())
+            .spawn(move || tell.send(open_exclusively(&of_thread)))
+            .doing("start a thread to open", &path)?;
+        match told.recv_timeout(OPEN) {
+            Ok(Ok(fd)) => Ok(fd),
+            Ok(Err(Errno::EBUSY)) => Err(Error::new(
+                Kind::Busy,
+                "the kernel says that somebody has it: a mount, a holder or a swap",
+            )
+            .hint("see what it is now: zerofsctl nbd list")),
+            Ok(Err(e)) => Err(e).doing("open", &path),
+            Err(_) => Err(Error::new(
+                Kind::Busy,
+                format!("opening it takes longer than {} s: something waits for its server", OPEN.as_secs()),
+            )
+            .hint("run the same command again later")),
+        }
+    }
+
+    fn disconnect(&self, index: u32, claim: OwnedFd) -> Result<()> {
+        let id =
+            |survey: Option<sysfs::NbdDevice>| survey.filter(|d| d.connected).map(|d| (d.pid, d.backend));
+        let before = id(sysfs::one(index)?);
+        let (tell, told) = mpsc::sync_channel(1);
+        std::thread::Builder::new()
+            .name("disconnect".into())
+            .spawn(move || tell.send(netlink::disconnect(index)))
+            .doing("start a thread to disconnect", sysfs::path(index))?;
+        let begun = Instant::now();
+        let slow = || {
+            Error::failed(format!("/dev/nbd{index} is not free {} s after the disconnect", LET_GO.as_secs()))
+                .hint(format!("see who holds it: fuser -v /dev/nbd{index}; then run the same command again"))
+        };
+        told.recv_timeout(LET_GO).map_err(|_| slow())??;
+        // Only now: while we have it open, the index cannot become somebody else's. From here on we only look.
+        drop(claim);
+        while before.is_some() && id(sysfs::one(index)?) == before {
+            if begun.elapsed() >= LET_GO {
+                return Err(slow());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    fn left(&self, volume: &VolumeId, lock: Option<&VolumeLock>) -> Result<Left> {
+        let folder = volume_folder(&self.run, volume);
+        if !folder.join(log::FILE_NAME).exists() {
+            return Ok(Left::Nothing);
+        }
+        if lock.is_none() {
+            return Ok(Left::Maybe);
+        }
+        let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
+        Ok(match ReplayLog::open(&folder, &who, log::MIN_CAPACITY)? {
+            log::Opened::Log(log) if log.live() > 0 => Left::Entries(log.live()),
+            // A log of another boot is void: the next attach says so.
+            log::Opened::Log(_) | log::Opened::Foreign { .. } => Left::Nothing,
+        })
+    }
+}
