@@ -347,7 +347,8 @@ fn a_kill_at_every_instant_ends_in_the_same_state() {
 #[test]
 fn a_kill_while_settling_a_kill_ends_in_the_same_state() {
     quiet_kills();
-    for (case, made) in all_cases() {
+    // The direct path differs only in what a crash of ZeroFS means: once is enough for it.
+    for (case, made) in all_cases().filter(|(_, made)| *made != DIRECT) {
         for first in 0.. {
             let mut reached = false;
             for second in 0.. {
