@@ -210,15 +210,16 @@ fn vm_nbd_kills_under_a_verifying_load_are_stalls_and_nothing_else() {
     let v = Volume::new();
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
     let dir = disk.mount();
-    for (name, options) in [("buffered", &[("fsync", "16")][..]), ("direct", &[("direct", "1")])] {
+    for (name, options) in [
+        ("buffered", [("size", "2m"), ("fsync", "16"), ("loops", "4")]),
+        ("direct", [("size", "8m"), ("direct", "1"), ("loops", "4")]),
+    ] {
         let mut job = FioJob::new(&v.dir.join("."), name)
             .set("filename", dir.join(name).display())
             .set("rw", "randwrite")
             .set("bs", "4k")
             .set("iodepth", 16)
             .set("ioengine", "libaio")
-            .set("size", "32m")
-            .set("loops", 6)
             .set("verify", "crc32c")
             .set("verify_backlog", 64);
         for (key, value) in options {
