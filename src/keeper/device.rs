@@ -45,6 +45,8 @@ const GUARDED_SOCKETS: usize = 1;
 const LOOK_AFTER: Duration = Duration::from_millis(500);
 /// The same on the direct path, where a request that is sent again may overtake itself in ZeroFS: practically never.
 const LOOK_AFTER_DIRECT: Duration = Duration::from_secs(24 * 3600);
+/// How often within a minute a device may lose its sockets, before it is given up.
+const MENDS: usize = 20;
 /// How long a flush before a disconnect may take.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 /// How long the kernel may take to let go of a device.
@@ -108,6 +110,8 @@ impl Record {
 pub(super) struct Device {
     record: Mutex<Option<Record>>,
     dead_connections: AtomicU64,
+    /// When it lost its sockets lately.
+    mends: Mutex<Vec<Instant>>,
     /// The direct path: our hold on the sockets, so that they can be shut down.
     direct: Mutex<Vec<UnixStream>>,
     /// The direct path: the server has ended cleanly, and its successor may have the device.
@@ -443,7 +447,6 @@ impl Shared {
                 self.data.size()
             )));
         }
-        self.data.close_nbd();
         let begun = Instant::now();
         loop {
             let missing = record.sockets.saturating_sub(self.data.nbd_sockets());
@@ -593,16 +596,39 @@ impl Shared {
     /// All of the kernel's sockets have ended, and it was not we who did it.
     pub(super) fn device_gone(&self, why: &str) {
         // A disconnect of our own holds this, and then there is no record when it is over.
-        let _mounting = lock(&self.mounting);
+        let mounting = lock(&self.mounting);
         let Some(record) = self.device.record().filter(|r| r.failed.is_none()) else { return };
         let Some(index) = record.index else { return };
-        let ours = sysfs::one(index)
-            .ok()
-            .flatten()
-            .is_some_and(|d| d.connected && d.backend.is_none_or(|b| b == self.backend()));
-        if !ours && self.data.nbd_sockets() == 0 {
+        if self.data.nbd_sockets() > 0 || record.path != NbdPath::Guarded {
+            return;
+        }
+        let ours = sysfs::one(index).ok().flatten();
+        if ours.is_none_or(|d| !d.connected || d.backend.is_some_and(|b| b != self.backend())) {
             error!("/dev/nbd{index} was disconnected by somebody else: {why}");
-            self.device_failed("it was disconnected by somebody else");
+            return self.device_failed("it was disconnected by somebody else");
+        }
+        drop(mounting);
+        self.mend_device(index, why);
+    }
+
+    /// The kernel has dropped our sockets and kept the device. That happens when requests that had waited for a dead
+    /// keeper for too long give up one after the other, and each takes the sockets down that are there by then.
+    fn mend_device(&self, index: u32, why: &str) {
+        {
+            let mut mends = lock(&self.device.mends);
+            mends.retain(|at| at.elapsed() < Duration::from_secs(60));
+            if mends.len() >= MENDS {
+                error!("/dev/nbd{index} has lost its sockets again and again: it is given up");
+                return self.device_failed("the kernel has given it up: nobody took it over in time");
+            }
+            mends.push(Instant::now());
+        }
+        warn!("/dev/nbd{index} has lost its sockets ({why}): it gets new ones");
+        std::thread::sleep(Duration::from_millis(200));
+        let fenced = lock(&self.board).state == State::Fenced;
+        if let Err(e) = self.hand_over(fenced) {
+            error!("{e}");
+            self.device_failed(e.message());
         }
     }
 
