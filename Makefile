@@ -83,6 +83,8 @@ install: ## The program, its man pages and completions below PREFIX (/usr/local)
 	install -Dm755 $(CARGO_TARGET_DIR)/release/zerofsctl $(DESTDIR)$(PREFIX)/bin/zerofsctl
 	install -d $(DESTDIR)$(PREFIX)/share/man/man1
 	install -m644 man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's#/usr/local/#$(PREFIX)/#' deploy/systemd/zerofsctl-watch.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/zerofsctl-watch.service
 	install -Dm644 completions/zerofsctl.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/zerofsctl
 	install -Dm644 completions/_zerofsctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_zerofsctl
 	install -Dm644 completions/zerofsctl.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/zerofsctl.fish

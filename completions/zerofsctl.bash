@@ -40,6 +40,9 @@ _zerofsctl() {
             zerofsctl,show)
                 cmd="zerofsctl__subcmd__show"
                 ;;
+            zerofsctl,watch)
+                cmd="zerofsctl__subcmd__watch"
+                ;;
             zerofsctl,zerofs)
                 cmd="zerofsctl__subcmd__zerofs"
                 ;;
@@ -53,7 +56,7 @@ _zerofsctl() {
 
     case "${cmd}" in
         zerofsctl)
-            opts="-o -v -h -V --output --state-dir --run-dir --zerofs-bin --verbose --log-format --help --version attach detach list show resize fsck recover zerofs demo"
+            opts="-o -v -h -V --output --state-dir --run-dir --zerofs-bin --verbose --log-format --help --version attach detach list show resize fsck recover watch zerofs demo"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -91,7 +94,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__attach)
-            opts="-h -o -v --target --size --fs --mount-option --read-only --block --transport --runtime --io-timeout --replay-log --take-over --dry-run --storage-url --config --secret --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --target --size --fs --mount-option --read-only --block --transport --path --reconnect-timeout --runtime --io-timeout --replay-log --take-over --dry-run --storage-url --config --secret --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -114,6 +117,14 @@ _zerofsctl() {
                     return 0
                     ;;
                 --transport)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --path)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --reconnect-timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -475,6 +486,44 @@ _zerofsctl() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --output)
+                    COMPREPLY=($(compgen -W "table wide json yaml name" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "table wide json yaml name" -- "${cur}"))
+                    return 0
+                    ;;
+                --state-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --zerofs-bin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-format)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        zerofsctl__subcmd__watch)
+            opts="-h -o -v --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 --output)
                     COMPREPLY=($(compgen -W "table wide json yaml name" -- "${cur}"))
                     return 0

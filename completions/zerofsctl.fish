@@ -44,13 +44,16 @@ complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "show" -d 'Show 
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "resize" -d 'Grow a volume, its device and its filesystem; online if it is attached'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "fsck" -d 'Check the filesystem of a detached volume; repair it with --repair'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "recover" -d 'Settle what killed commands and killed keepers left'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "watch" -d 'Start the next keeper of each volume whose keeper died'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "zerofs" -d 'Tell what is known of ZeroFS itself'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "demo" -d 'Try it out: attach, write, detach, compare, resize, check, clean up'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l target -d 'The folder to mount it at, or with --block the link to make; an empty or new one' -r -F
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l size -d 'The size of a new volume, such as 10Gi [default: 1Gi]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l fs -d 'The filesystem of a new volume: ext4, xfs or btrfs [default: ext4]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l mount-option -d 'An option for mount(8), such as noatime; repeatable' -r
-complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l transport -d 'How the block device is made: auto, fuse, or nbd (to come)' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l transport -d 'How the block device is made: nbd (by the kernel), fuse, or auto, which takes nbd where it works' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l path -d 'For nbd: guarded (a crash of ZeroFS is only a pause) or direct (it fails the device)' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l reconnect-timeout -d 'For nbd: how long the kernel holds I/O while no keeper serves the device' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l runtime -d 'Where ZeroFS runs: process' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l io-timeout -d 'Let I/O fail when ZeroFS is away this long [default: it waits]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l replay-log -d 'Room for writes that ZeroFS has not flushed yet' -r
@@ -85,7 +88,7 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l zerofs-bi
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
 json\t'One JSON object per line'"
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l all -d 'Every volume of this node'
-complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l force -d 'Kill ZeroFS after that time; what it had not flushed stays in this node\'s replay log'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l force -d 'After that time fail the device, and kill ZeroFS'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -l dry-run -d 'Print the plan and change nothing'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -s h -l help -d 'Print this help'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand detach" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
@@ -169,6 +172,18 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -l log-form
 json\t'One JSON object per line'"
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -s h -l help -d 'Print this help'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand recover" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand watch" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
 wide\t'The table with more columns'
 json\t'One JSON object'

@@ -22,6 +22,12 @@ use crate::values::VolumeId;
 /// The version that we write.
 pub const VERSION: u32 = 1;
 
+/// Held by the watcher of a run folder ([`crate::watch`]).
+pub(crate) const WATCH_LOCK: &str = "watch.lock";
+
+/// For how long a command waits for a volume on which the watcher is at work.
+const WATCHER_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
+
 /// How a task went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -345,7 +351,12 @@ pub fn volume_folder(run_dir: &Path, volume: &VolumeId) -> PathBuf {
 /// The process that holds a volume's lock right now. Only a look: taking the lock, even for an instant, could fail
 /// the command that wants it.
 pub fn holder(run_dir: &Path, volume: &VolumeId) -> Option<i32> {
-    let meta = std::fs::metadata(lock_path(run_dir, volume)).ok()?;
+    lock_holder(&lock_path(run_dir, volume))
+}
+
+/// The process that has a lock on this file.
+fn lock_holder(path: &Path) -> Option<i32> {
+    let meta = std::fs::metadata(path).ok()?;
     let file = format!(
         "{:02x}:{:02x}:{}",
         nix::sys::stat::major(meta.dev()),
@@ -524,6 +535,7 @@ impl Lock {
         let path = lock_path(run_dir, volume);
         // A process that another thread of ours just forked has our locks, too, until its exec: an instant.
         let mut patience = 100;
+        let begun = std::time::Instant::now();
         loop {
             let file = OpenOptions::new()
                 .read(true)
@@ -541,6 +553,15 @@ impl Lock {
                 {
                     patience -= 1;
                     std::thread::sleep(std::time::Duration::from_millis(1));
+                    continue;
+                }
+                // It starts the next keeper, without which we could do nothing either.
+                Err(std::fs::TryLockError::WouldBlock)
+                    if begun.elapsed() < WATCHER_PATIENCE
+                        && holder(run_dir, volume)
+                            .is_some_and(|pid| lock_holder(&run_dir.join(WATCH_LOCK)) == Some(pid)) =>
+                {
+                    std::thread::sleep(std::time::Duration::from_millis(10));
                     continue;
                 }
                 Err(std::fs::TryLockError::WouldBlock) => {

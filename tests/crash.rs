@@ -7,8 +7,8 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use zerofsctl::error::{Kind, Result};
-use zerofsctl::host::User;
 use zerofsctl::host::fake::{FakeHost, Killed};
+use zerofsctl::host::{IoPath, Life, Transport, User};
 use zerofsctl::journal;
 use zerofsctl::ops::{self, AttachSpec, Scope};
 use zerofsctl::run::{Engine, Silent};
@@ -22,17 +22,25 @@ fn target(path: &str) -> TargetPath {
     TargetPath::new(Path::new(path), Path::new("/")).unwrap()
 }
 
+/// How the devices of a test are made.
+type Made = (Transport, IoPath);
+const FUSE: Made = (Transport::Fuse, IoPath::Guarded);
+const NBD: Made = (Transport::Nbd, IoPath::Guarded);
+const DIRECT: Made = (Transport::Nbd, IoPath::Direct);
+const ALL: [Made; 3] = [FUSE, NBD, DIRECT];
+
 /// One machine, its run folder, and a user who types commands.
 struct Machine {
     host: FakeHost,
     run_dir: tempfile::TempDir,
+    made: Made,
 }
 
 impl Machine {
-    fn new() -> Self {
+    fn new(made: Made) -> Self {
         // Every case writes and syncs a journal: memory keeps that quick.
         let run_dir = tempfile::Builder::new().prefix("crash").tempdir_in("/dev/shm").unwrap();
-        Machine { host: FakeHost::new(), run_dir }
+        Machine { host: FakeHost::with_nbd(), run_dir, made }
     }
 
     fn engine(&self) -> Engine<'_> {
@@ -40,7 +48,8 @@ impl Machine {
     }
 
     fn spec(&self, at: &str) -> AttachSpec {
-        AttachSpec::plain(volume(), target(at), "file:///store".into())
+        let (transport, path) = self.made;
+        AttachSpec { transport, path, ..AttachSpec::plain(volume(), target(at), "file:///store".into()) }
     }
 
     fn attach(&self, at: &str) -> Result<()> {
@@ -77,6 +86,11 @@ impl Machine {
 
     fn recover(&self) -> Result<()> {
         ops::recover::recover(&self.engine(), self.run_dir.path(), &volume()).map(drop)
+    }
+
+    /// What the watcher of the node does about the volume.
+    fn watch(&self) -> Result<()> {
+        ops::take_over::take_over(&self.engine(), self.run_dir.path(), &volume()).map(drop)
     }
 
     /// Runs `command`; true when the model killed it.
@@ -242,6 +256,54 @@ const CASES: &[Case] = &[
         after: gone_and_intact,
     },
     Case {
+        name: "recover after the kernel gave up waiting for a keeper",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+            m.host.time_out();
+        },
+        command: Machine::recover,
+        after: |m, when| {
+            // Killed while it mounts anew, it takes back what it did: then it is attached again.
+            if m.host.read().is_none() {
+                m.recover().unwrap();
+                m.attach("/a").unwrap_or_else(|e| panic!("{when}: {e}"));
+            }
+            m.assert_data(when);
+        },
+    },
+    Case {
+        name: "detach after keeper and ZeroFS were killed",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+            m.host.kill_zerofs();
+        },
+        command: Machine::detach,
+        after: gone_and_intact,
+    },
+    Case {
+        name: "resize after the keeper was killed",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+        },
+        command: |m| m.resize(2),
+        after: |m, when| {
+            let grown = Some(ByteSize(2 * ByteSize::GIB));
+            if m.host.sizes() != (grown, grown) {
+                m.resize(2).unwrap_or_else(|e| panic!("{when}: {e}"));
+            }
+            if m.host.read().is_none() {
+                m.attach("/a").unwrap_or_else(|e| panic!("{when}: {e}"));
+            }
+            m.assert_data(when);
+        },
+    },
+    Case {
         name: "raw block attach",
         before: |_| {},
         command: |m| m.attach_block("/dev/shm/raw"),
@@ -249,19 +311,23 @@ const CASES: &[Case] = &[
     },
 ];
 
+fn all_cases() -> impl Iterator<Item = (&'static Case, Made)> {
+    CASES.iter().flat_map(|case| ALL.into_iter().map(move |made| (case, made)))
+}
+
 /// Every instant of every case: killed there, run again, the same end state; then a detach leaves nothing.
 #[test]
 fn a_kill_at_every_instant_ends_in_the_same_state() {
     quiet_kills();
-    for case in CASES {
+    for (case, made) in all_cases() {
         let mut instant = 0;
         loop {
-            let m = Machine::new();
+            let m = Machine::new(made);
             (case.before)(&m);
             m.host.kill_at(Some(instant));
             let killed = m.killed(&case.command);
             m.host.kill_at(None);
-            let when = format!("{}, killed at instant {instant}", case.name);
+            let when = format!("{} {made:?}, killed at instant {instant}", case.name);
             if killed {
                 (case.command)(&m).unwrap_or_else(|e| panic!("{when}: {e}"));
             }
@@ -281,11 +347,11 @@ fn a_kill_at_every_instant_ends_in_the_same_state() {
 #[test]
 fn a_kill_while_settling_a_kill_ends_in_the_same_state() {
     quiet_kills();
-    for case in CASES {
+    for (case, made) in all_cases() {
         for first in 0.. {
             let mut reached = false;
             for second in 0.. {
-                let m = Machine::new();
+                let m = Machine::new(made);
                 (case.before)(&m);
                 m.host.kill_at(Some(first));
                 if !m.killed(&case.command) {
@@ -295,7 +361,7 @@ fn a_kill_while_settling_a_kill_ends_in_the_same_state() {
                 m.host.kill_at(Some(second));
                 let again = m.killed(&case.command);
                 m.host.kill_at(None);
-                let when = format!("{}, killed at {first} and then at {second}", case.name);
+                let when = format!("{} {made:?}, killed at {first} and then at {second}", case.name);
                 if again {
                     (case.command)(&m).unwrap_or_else(|e| panic!("{when}: {e}"));
                 }
@@ -317,15 +383,15 @@ fn a_kill_while_settling_a_kill_ends_in_the_same_state() {
 #[test]
 fn a_failure_at_every_instant_is_reported_and_leaves_nothing_behind() {
     quiet_kills();
-    for case in CASES {
+    for (case, made) in all_cases() {
         for instant in 0.. {
-            let m = Machine::new();
+            let m = Machine::new(made);
             (case.before)(&m);
             let (left, data) = (m.host.leftovers(), m.host.acknowledged());
             m.host.fail_at(Some(instant));
             let result = (case.command)(&m);
             m.host.fail_at(None);
-            let when = format!("{}, refused at instant {instant}", case.name);
+            let when = format!("{} {made:?}, refused at instant {instant}", case.name);
             let failed = result.is_err();
             if let Err(e) = result {
                 assert!(e.step().is_some(), "{when}: {e} names no step");
@@ -347,7 +413,7 @@ fn a_failure_at_every_instant_is_reported_and_leaves_nothing_behind() {
 
 #[test]
 fn attaching_twice_is_already() {
-    let m = Machine::new();
+    let m = Machine::new(FUSE);
     m.attach("/a").unwrap();
     let again = ops::attach::attach(&m.engine(), m.run_dir.path(), &m.spec("/a")).unwrap();
     assert!(again.already(), "{:?}", again.tasks);
@@ -357,7 +423,7 @@ fn attaching_twice_is_already() {
 
 #[test]
 fn one_target_of_two_goes_and_the_other_stays() {
-    let m = Machine::new();
+    let m = Machine::new(FUSE);
     m.attach("/a").unwrap();
     m.attach("/b").unwrap();
     m.host.write(1);
@@ -370,7 +436,7 @@ fn one_target_of_two_goes_and_the_other_stays() {
 
 #[test]
 fn a_device_in_use_is_never_taken_away() {
-    let m = Machine::new();
+    let m = Machine::new(FUSE);
     m.attach("/a").unwrap();
     m.host.write(1);
     m.host.set_users(vec![User { pid: 42, name: "dd".into() }]);
@@ -383,8 +449,161 @@ fn a_device_in_use_is_never_taken_away() {
 }
 
 #[test]
+fn a_killed_keeper_is_a_pause_on_nbd_and_a_wreck_on_fuse() {
+    for made in ALL {
+        let m = Machine::new(made);
+        m.attach("/a").unwrap();
+        m.host.write(1);
+        m.host.kill_keeper();
+        if made == FUSE {
+            assert_eq!(m.host.life(), Life::Dead);
+            m.watch().unwrap();
+            assert_eq!(m.host.life(), Life::Dead, "the watcher leaves a wreck to recover");
+            m.recover().unwrap();
+        } else {
+            assert_eq!(m.host.life(), Life::Waiting);
+            assert_eq!(m.host.read(), None, "I/O waits");
+            let instants = m.host.instants();
+            m.watch().unwrap();
+            assert!(m.host.instants() - instants <= 6, "only a keeper is started: no mount, no disconnect");
+        }
+        m.assert_data("with the next keeper");
+        m.watch().unwrap();
+        m.assert_data("where all is well there is nothing to do");
+        m.detach().unwrap();
+        m.assert_empty("after detach");
+        m.watch().unwrap();
+        m.assert_empty("the watcher makes nothing of a volume that is not there");
+    }
+}
+
+/// Killed at every instant, the watcher's next look goes on from there.
+#[test]
+fn a_kill_of_the_watcher_at_every_instant_is_made_good_by_the_next_look() {
+    quiet_kills();
+    for made in [NBD, DIRECT] {
+        for instant in 0.. {
+            let m = Machine::new(made);
+            m.attach("/a").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+            m.host.kill_at(Some(instant));
+            let killed = m.killed(&Machine::watch);
+            m.host.kill_at(None);
+            m.watch().unwrap();
+            m.assert_data(&format!("{made:?}, watcher killed at {instant}"));
+            m.detach().unwrap();
+            m.assert_empty("after detach");
+            if !killed {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_crash_of_zerofs_fails_a_direct_device_for_good_and_recover_makes_a_new_one() {
+    let m = Machine::new(DIRECT);
+    m.attach("/a").unwrap();
+    m.host.write(1);
+    m.host.kill_zerofs();
+    assert_eq!(m.host.life(), Life::Dead);
+    m.watch().unwrap();
+    assert_eq!(m.host.life(), Life::Dead, "never a silent reconnect");
+    m.recover().unwrap();
+    m.assert_data("what was synced is there");
+    m.detach().unwrap();
+    m.assert_empty("after detach");
+}
+
+#[test]
+fn a_filesystem_that_was_told_of_an_error_is_refused_by_attach_and_mounted_anew_by_recover() {
+    let m = Machine::new(NBD);
+    m.attach("/a").unwrap();
+    m.host.write(1);
+    m.host.kill_keeper();
+    m.host.time_out();
+    let error = m.attach("/a").unwrap_err();
+    assert_eq!(error.kind(), Kind::Refused);
+    assert!(error.hint_text().unwrap().contains("zerofsctl recover vol1"), "{error}");
+    m.recover().unwrap();
+    m.assert_data("mounted anew");
+    m.detach().unwrap();
+    m.assert_empty("after detach");
+}
+
+#[test]
+fn a_detach_without_a_server_is_refused_and_with_force_gives_up_only_the_device() {
+    for made in [FUSE, NBD] {
+        let m = Machine::new(made);
+        m.attach("/a").unwrap();
+        m.host.write(1);
+        m.host.set_store_away(true);
+        let before = m.host.leftovers();
+        assert_eq!(m.detach().unwrap_err().kind(), Kind::Interrupted);
+        assert_eq!(m.host.leftovers(), before, "nothing was taken away");
+        m.host.set_force(true);
+        let error = m.detach().unwrap_err();
+        assert_eq!((error.kind(), error.step()), (Kind::Unreachable, Some("stop")), "{error}");
+        let left = m.host.leftovers();
+        assert!(!left.contains(&"mount") && !left.contains(&"nbd") && !left.contains(&"device"), "{left:?}");
+        assert!(left.contains(&"log"), "what was acknowledged waits: {left:?}");
+        m.host.set_store_away(false);
+        m.detach().unwrap();
+        m.assert_empty("once the store is back");
+        m.attach("/a").unwrap();
+        m.assert_data("nothing that was acknowledged is lost");
+    }
+}
+
+#[test]
+fn a_device_without_keeper_and_server_is_detached_by_force_only() {
+    let m = Machine::new(NBD);
+    m.attach("/a").unwrap();
+    m.host.write(1);
+    m.host.kill_keeper();
+    m.host.set_store_away(true);
+    assert!(m.watch().is_err(), "no keeper can start");
+    assert_eq!(m.detach().unwrap_err().kind(), Kind::Interrupted);
+    m.host.set_force(true);
+    assert_eq!(m.detach().unwrap_err().step(), Some("stop"));
+    assert!(!m.host.leftovers().contains(&"nbd"));
+    m.host.set_store_away(false);
+    m.detach().unwrap();
+    m.attach("/a").unwrap();
+    m.assert_data("nothing that was acknowledged is lost");
+}
+
+#[test]
+fn the_transport_that_was_picked_is_a_fact_and_another_one_is_a_conflict() {
+    let m = Machine::new((Transport::Auto, IoPath::Guarded));
+    let run = ops::attach::attach(&m.engine(), m.run_dir.path(), &m.spec("/a")).unwrap();
+    assert_eq!(run.facts.transport, Some(Transport::Nbd));
+    assert_eq!(run.facts.path, Some(IoPath::Guarded));
+    for made in [FUSE, DIRECT] {
+        let (transport, path) = made;
+        let spec = AttachSpec { transport, path, ..m.spec("/b") };
+        let error = ops::attach::attach(&m.engine(), m.run_dir.path(), &spec).unwrap_err();
+        assert_eq!(error.kind(), Kind::Conflict, "{error}");
+    }
+    m.detach().unwrap();
+    m.assert_empty("after detach");
+}
+
+#[test]
+fn a_transport_that_cannot_work_fails_before_anything_is_begun() {
+    let m = Machine { host: FakeHost::new(), ..Machine::new(NBD) };
+    assert_eq!(m.attach("/a").unwrap_err().kind(), Kind::Environment);
+    assert_eq!(m.host.instants(), 0, "something was changed");
+    m.assert_empty("after the refusal");
+    let m = Machine { host: FakeHost::new(), ..Machine::new((Transport::Auto, IoPath::Guarded)) };
+    let run = ops::attach::attach(&m.engine(), m.run_dir.path(), &m.spec("/a")).unwrap();
+    assert_eq!(run.facts.transport, Some(Transport::Fuse));
+}
+
+#[test]
 fn a_mount_of_something_else_at_the_target_is_left_alone() {
-    let m = Machine::new();
+    let m = Machine::new(FUSE);
     m.host.mount_foreign("/a");
     assert_eq!(m.attach("/a").unwrap_err().kind(), Kind::Busy);
     m.assert_empty("after the refusal");
@@ -392,7 +611,7 @@ fn a_mount_of_something_else_at_the_target_is_left_alone() {
 
 #[test]
 fn a_volume_never_shrinks() {
-    let m = Machine::new();
+    let m = Machine::new(FUSE);
     m.attach("/a").unwrap();
     m.resize(3).unwrap();
     let error = m.resize(2).unwrap_err();
@@ -410,6 +629,8 @@ enum Deed {
     Resize(u8),
     Fsck,
     Recover,
+    Watch,
+    TimeOut,
     Write,
     Flush,
     KillKeeper,
@@ -425,6 +646,11 @@ impl Deed {
             Deed::Resize(n) => m.resize(u64::from(*n)),
             Deed::Fsck => m.fsck(),
             Deed::Recover => m.recover(),
+            Deed::Watch => m.watch(),
+            Deed::TimeOut => {
+                m.host.time_out();
+                Ok(())
+            }
             Deed::Write if m.host.read().is_some() => {
                 m.host.write(m.host.acknowledged().len() as u64);
                 Ok(())
@@ -454,6 +680,8 @@ fn deeds() -> impl Strategy<Value = (Deed, Option<u64>, Option<u64>)> {
         1 => (1..5u8).prop_map(Deed::Resize),
         1 => Just(Deed::Fsck),
         1 => Just(Deed::Recover),
+        1 => Just(Deed::Watch),
+        1 => Just(Deed::TimeOut),
         4 => Just(Deed::Write),
         1 => Just(Deed::Flush),
         1 => Just(Deed::KillKeeper),
@@ -472,9 +700,12 @@ proptest! {
     /// Any order of commands, kills, refusals and crashes: nothing acknowledged is ever lost, the model never
     /// sees a forbidden thing, and in the end a detach leaves nothing.
     #[test]
-    fn random_interleavings_lose_nothing(story in proptest::collection::vec(deeds(), 1..25)) {
+    fn random_interleavings_lose_nothing(
+        story in proptest::collection::vec(deeds(), 1..25),
+        made in proptest::sample::select(ALL.to_vec()),
+    ) {
         quiet_kills();
-        let m = Machine::new();
+        let m = Machine::new(made);
         for (deed, kill, fail) in &story {
             m.host.kill_at(*kill);
             m.host.fail_at(*fail);

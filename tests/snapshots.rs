@@ -8,7 +8,7 @@ use insta::assert_snapshot;
 use zerofsctl::error::{Error, Kind};
 use zerofsctl::host::CheckResult;
 use zerofsctl::host::fake::FakeHost;
-use zerofsctl::host::{StopOptions, User};
+use zerofsctl::host::{IoPath, StopOptions, Transport, User};
 use zerofsctl::journal::{Journal, Standing};
 use zerofsctl::ops::{self, AttachSpec, Scope};
 use zerofsctl::report::volume::{Found, Seen, list, show};
@@ -40,7 +40,7 @@ fn spec() -> AttachSpec {
 
 impl Machine {
     fn new() -> Machine {
-        Machine { host: FakeHost::new(), run: tempfile::tempdir().unwrap() }
+        Machine { host: FakeHost::with_nbd(), run: tempfile::tempdir().unwrap() }
     }
 
     fn engine(&self) -> Engine<'_> {
@@ -176,6 +176,9 @@ fn found(volume: &str, state: &str, reason: Option<&str>) -> Found {
         size: Some(ByteSize(10 * ByteSize::GIB)),
         fs: Some(FsType::Ext4),
         device: None,
+        transport: None,
+        path: None,
+        reconnects: None,
         targets: vec![],
         storage_url: "s3://bucket/prefix".into(),
         epoch: Some(3),
@@ -190,6 +193,9 @@ fn attached() -> Found {
     let device = m.attach(&spec()).unwrap().facts.device;
     Found {
         device,
+        transport: Some(Transport::Nbd),
+        path: Some(IoPath::Guarded),
+        reconnects: Some(2),
         targets: vec!["/mnt/vol1".into(), "/srv/vol1".into()],
         keeper_pid: Some(4711),
         zerofs_pid: Some(4712),
@@ -206,6 +212,18 @@ fn reports_of_list() {
         &list(&[
             attached(),
             found("vol2", "broken", Some("its keeper is gone; run: zerofsctl recover vol2")),
+            Found {
+                transport: Some(Transport::Nbd),
+                path: Some(IoPath::Direct),
+                reconnects: Some(0),
+                ..found(
+                    "vol5",
+                    "broken",
+                    Some(
+                        "its device has failed: its ZeroFS was killed by SIGKILL; run: zerofsctl recover vol5",
+                    ),
+                )
+            },
             found("vol3", "elsewhere", Some("attached by node b (state folder /var/lib/zerofsctl)")),
             Found { fs: None, ..found("vol4", "released", None) },
         ]),
@@ -225,7 +243,9 @@ fn reports_of_show() {
         "volume": "vol1", "keeper": {"pid": 4711, "start": 1, "boot": "b"},
         "zerofs": {"pid": 4712, "start": 2, "boot": "b"}, "zerofs_version": "0.19.1", "state": "ready",
         "reason": null, "error": null, "state_seconds": 60.0, "restarts": 1, "epoch": 3, "data_path": true,
-        "size": 10u64 << 30, "log": {"state": "clean"}, "fuse_mounted": true,
+        "size": 10u64 << 30, "log": {"state": "clean"}, "fuse_mounted": false,
+        "nbd": {"index": 0, "path": "guarded", "read_only": false, "connected": true, "connections": 4,
+            "reconnect_timeout_ms": 600000, "reconnects": 2, "dead_connections": 4, "failed": null},
         "stats": zerofsctl::keeper::path::Stats::default(), "warnings": ["something to know"],
     });
     let record = serde_json::json!({

@@ -6,10 +6,9 @@ use clap::Args;
 use super::context::Purpose;
 use super::{Context, StorageArgs};
 use crate::error::{Error, Result};
-use crate::host::{KeeperOptions, StopOptions};
+use crate::host::{IoPath, KeeperOptions, StopOptions, Transport};
 use crate::ops::{self, AttachSpec};
 use crate::report::{Report, operation};
-use crate::step::Transport;
 use crate::values::{ByteSize, TargetPath};
 
 /// Attach a volume and mount it; a new one is made and formatted
@@ -43,9 +42,15 @@ pub struct AttachArgs {
     /// Link the raw block device at the target, and mount nothing
     #[arg(long)]
     block: bool,
-    /// How the block device is made: auto, fuse, or nbd (to come)
+    /// How the block device is made: nbd (by the kernel), fuse, or auto, which takes nbd where it works
     #[arg(long, value_name = "KIND", default_value = "auto")]
     transport: String,
+    /// For nbd: guarded (a crash of ZeroFS is only a pause) or direct (it fails the device)
+    #[arg(long, value_name = "KIND", default_value = "guarded")]
+    path: String,
+    /// For nbd: how long the kernel holds I/O while no keeper serves the device
+    #[arg(long, value_name = "TIME", default_value = "10m")]
+    reconnect_timeout: String,
     /// Where ZeroFS runs: process
     #[arg(long, value_name = "KIND", default_value = "process")]
     runtime: String,
@@ -117,10 +122,20 @@ fn mount_options(given: &[String]) -> Result<Vec<String>> {
 impl AttachArgs {
     /// Checks every value. The storage URL comes from the context.
     pub(super) fn spec(&self, context: &Context, storage_url: String) -> Result<AttachSpec> {
-        let transport: Transport = self.transport.parse()?;
-        if transport == Transport::Nbd {
-            return Err(Error::environment("the nbd transport comes with a later release")
-                .hint("use --transport auto or fuse"));
+        let mut transport: Transport = self.transport.parse()?;
+        let path: IoPath = self.path.parse()?;
+        match (path, transport) {
+            (IoPath::Direct, Transport::Fuse) => {
+                return Err(Error::usage("--path direct and --transport fuse exclude each other")
+                    .hint("the direct path is one of the kernel's NBD client: use --transport nbd"));
+            }
+            (IoPath::Direct, _) => transport = Transport::Nbd,
+            (IoPath::Guarded, _) => {}
+        }
+        let reconnect_timeout = time("--reconnect-timeout", &self.reconnect_timeout)?;
+        if !(Duration::from_secs(1)..=Duration::from_secs(7 * 24 * 3600)).contains(&reconnect_timeout) {
+            return Err(Error::usage("--reconnect-timeout is out of range")
+                .hint("give between 1s and 7days; 10m suits most nodes"));
         }
         if self.runtime != "process" {
             return Err(Error::usage(format!("unknown runtime {:?}", self.runtime))
@@ -168,6 +183,8 @@ impl AttachArgs {
             read_only: self.read_only,
             block: self.block,
             transport,
+            path,
+            reconnect_timeout,
             take_over: self.take_over,
             keeper: KeeperOptions { io_timeout, log_size, ..KeeperOptions::default() },
             stop: StopOptions::default(),
@@ -200,7 +217,6 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
         let lines = ops::attach::preview(&host, &spec)?;
         return Ok(Report::of_preview("attach", &spec.volume, &lines));
     }
-    require_fuse()?;
     require_parent(&spec)?;
     let dirs = context.dirs()?;
     let engine = context.engine(&host);
@@ -219,21 +235,6 @@ fn require_parent(spec: &AttachSpec) -> Result<()> {
         .hint(format!("make it: mkdir -p {}", parent.display()))),
         _ => Ok(()),
     }
-}
-
-/// The one kernel feature that the fuse transport cannot do without.
-fn require_fuse() -> Result<()> {
-    use std::os::unix::fs::{FileTypeExt, MetadataExt};
-    // As the kernel assigns it for good: misc, 229. Some containers have an empty file of that name.
-    let number = nix::sys::stat::makedev(10, 229);
-    let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
-    let why = match opened.and_then(|file| file.metadata()) {
-        Ok(meta) if meta.file_type().is_char_device() && meta.rdev() == number => return Ok(()),
-        Ok(_) => "/dev/fuse is not the FUSE device".to_owned(),
-        Err(e) => format!("cannot open /dev/fuse: {e}"),
-    };
-    Err(Error::environment(why)
-        .hint("load the module: modprobe fuse; in a container, mount the host's /dev and run it privileged"))
 }
 
 #[cfg(test)]

@@ -362,7 +362,7 @@ fn installed(tools: &Path) -> Vec<PathBuf> {
 }
 
 /// NODE_ID, as existing installations set it, or the host name.
-fn node_name() -> String {
+pub(super) fn node_name() -> String {
     std::env::var("NODE_ID").ok().filter(|n| !n.is_empty()).unwrap_or_else(|| {
         nix::unistd::gethostname()
             .ok()

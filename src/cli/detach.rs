@@ -7,7 +7,7 @@ use super::context::Purpose;
 use super::{Context, StorageArgs, attach, context};
 use crate::error::{Error, Kind, Result};
 use crate::host::linux::Dirs;
-use crate::host::{Observe, StopOptions, loopdev};
+use crate::host::{Observe, StopOptions, device, loopdev};
 use crate::journal::{self, Journal, Standing, place};
 use crate::ops::{self, Scope};
 use crate::report::Report;
@@ -18,6 +18,11 @@ use crate::values::{TargetPath, VolumeId};
 /// A path takes away that mount only, and everything if it is the last one. A volume or device takes away
 /// everything. What is in use is not touched: the command fails and says who uses it. With --all, exit code 5 says
 /// that some volumes failed.
+///
+/// Without a server that takes data (S3 is away, or ZeroFS is gone for good) it fails after --stop-timeout, and nothing
+/// is lost. With --force it then fails the device: what was only cached, and never acknowledged, is lost, as in a
+/// power cut. What was acknowledged stays in this node's replay log; an attach here brings it back, and an attach on
+/// another node, or a reboot, loses it.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   zerofsctl detach vol1
@@ -34,7 +39,7 @@ pub struct DetachArgs {
     /// How long ZeroFS may take to flush and stop, such as 90s or 10m
     #[arg(long, value_name = "TIME", default_value = "120s")]
     stop_timeout: String,
-    /// Kill ZeroFS after that time; what it had not flushed stays in this node's replay log
+    /// After that time fail the device, and kill ZeroFS
     #[arg(long)]
     force: bool,
     /// Print the plan and change nothing
@@ -67,7 +72,11 @@ pub(super) fn resolve(what: &str, context: &Context, dirs: &Dirs) -> Result<(Vol
             return Ok((volume, Scope::Target(target)));
         }
         let (_, file) = dirs.fuse(&volume);
-        if loopdev::find(&file)?.is_some_and(|d| d.path == target.as_path()) {
+        let device = match device::nbd_device(&dirs.volume_run(&volume), &volume)? {
+            Some(device) => Some(device),
+            None => loopdev::find(&file)?,
+        };
+        if device.is_some_and(|d| d.path == target.as_path()) {
             return Ok((volume, Scope::Volume));
         }
     }

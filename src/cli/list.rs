@@ -4,7 +4,7 @@ use super::context::Purpose;
 use super::{Context, StorageArgs};
 use crate::error::{Kind, Result};
 use crate::host::linux::{Dirs, LinuxHost};
-use crate::host::{Observe, mounts};
+use crate::host::{Life, Observe, mounts};
 use crate::journal::{self, Journal, Standing, place};
 use crate::keeper::control::{State, Status};
 use crate::report::Report;
@@ -13,9 +13,9 @@ use crate::values::VolumeId;
 
 /// List the volumes of this node and of a store
 ///
-/// The state is what is found, not what was written down: attached, stalled (I/O waits for ZeroFS), fenced (another
-/// node took it), broken (its keeper was killed), interrupted (a command was cut short), busy (a command is at work),
-/// elsewhere (another node has it), or released. For broken and interrupted run: zerofsctl recover.
+/// The state is what is found, not what was written down: attached, stalled (I/O waits for ZeroFS), waiting (I/O waits
+/// for the next keeper), fenced (another node took it), broken (its device gives errors), interrupted (a command was cut short), busy (a command is at work),
+/// elsewhere (another node has it), or released. For waiting, broken and interrupted run: zerofsctl recover.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   zerofsctl list
@@ -49,17 +49,29 @@ pub(super) fn look(
         }
         None => standing.places.iter().filter_map(place).map(|t| format!("{t} (gone)")).collect(),
     };
+    let nbd = status.as_ref().and_then(|s| s.nbd.as_ref());
     let run_recover = format!("zerofsctl recover {volume}");
     // Between two steps of a command, what is found is no state to act on.
     let holder = journal::holder(&dirs.run, volume);
     let (state, reason) = match (&status, holder) {
         (_, Some(pid)) if open => ("busy".to_owned(), Some(format!("a command is at work, pid {pid}"))),
         _ if open => ("interrupted".into(), Some(format!("a command was cut short; run: {run_recover}"))),
+        (Some(_), _) if view.life == Life::Dead => {
+            let why = nbd.and_then(|n| n.failed.clone()).unwrap_or_else(|| "it gives errors only".into());
+            ("broken".into(), Some(format!("its device has failed: {why}; run: {run_recover}")))
+        }
+        (Some(_), _) if view.life == Life::Waiting => {
+            ("stalled".into(), Some("the next keeper has not taken over the device yet".into()))
+        }
         (Some(s), _) if s.state == State::Ready && view.device.is_some() => {
             let at_work = holder.map(|pid| format!("a command is at work, pid {pid}"));
             ("attached".into(), s.reason.clone().or(at_work))
         }
         (Some(s), _) => (s.state.name().to_owned(), s.reason.clone()),
+        (None, _) if view.life == Life::Waiting => (
+            "waiting".into(),
+            Some(format!("its keeper is gone, and I/O waits for the next one; run: {run_recover}")),
+        ),
         (None, _) if standing.connect.is_some() => {
             ("broken".into(), Some(format!("its keeper is gone; run: {run_recover}")))
         }
@@ -73,6 +85,9 @@ pub(super) fn look(
         size: view.device.as_ref().map(|d| d.size).or(facts.capacity),
         fs: facts.fs,
         targets,
+        transport: view.transport.or(facts.transport),
+        path: view.path.or(facts.path),
+        reconnects: nbd.map(|n| n.reconnects),
         device: view.device,
         storage_url: standing.claim.as_ref().map(|c| c.storage_url.clone()).unwrap_or_default(),
         epoch: facts.epoch,
@@ -119,6 +134,9 @@ pub fn run(args: &ListArgs, context: &Context) -> Result<Report> {
                 size: Some(record.capacity),
                 fs: record.filesystem,
                 device: None,
+                transport: None,
+                path: None,
+                reconnects: None,
                 targets: vec![],
                 storage_url: host.catalog().url().to_string(),
                 epoch: Some(record.epoch),

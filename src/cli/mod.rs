@@ -22,6 +22,7 @@ mod progress;
 mod recover;
 mod resize;
 mod show;
+mod watch;
 mod zerofs;
 
 pub use context::Context;
@@ -123,13 +124,14 @@ pub struct StorageArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Attach(attach::AttachArgs),
+    Attach(Box<attach::AttachArgs>),
     Detach(detach::DetachArgs),
     List(list::ListArgs),
     Show(show::ShowArgs),
     Resize(resize::ResizeArgs),
     Fsck(fsck::FsckArgs),
     Recover(recover::RecoverArgs),
+    Watch(watch::WatchArgs),
     Zerofs(zerofs::ZerofsArgs),
     Demo(demo::DemoArgs),
     #[command(hide = true)]
@@ -204,6 +206,7 @@ fn run(command: Command, context: &Context) -> Result<Report> {
         Command::Resize(args) => resize::run(&args, context),
         Command::Fsck(args) => fsck::run(&args, context),
         Command::Recover(args) => recover::run(&args, context),
+        Command::Watch(args) => watch::run(&args, context),
         Command::Zerofs(args) => zerofs::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
         Command::Generate(args) => generate::run(&args),

@@ -79,6 +79,19 @@ impl Progress {
         self.line("warning", text);
     }
 
+    /// What a watcher tells, always shown.
+    pub fn event(&self, event: &crate::watch::Event) {
+        let volume = event.volume().map(|v| format!("volume {v}: ")).unwrap_or_default();
+        if self.0.json {
+            let level = if event.is_bad() { "WARN" } else { "INFO" };
+            let line = json!({"timestamp": Timestamp::now(), "level": level, "event": event.name(),
+                "volume": event.volume(), "message": event.message()});
+            return self.print(&line.to_string());
+        }
+        let word = if event.is_bad() { "warning" } else { "note" };
+        self.print(&format!("{word}: {volume}{}", event.message()));
+    }
+
     fn line(&self, word: &str, text: &str) {
         self.print(&formed(word, text, self.0.json));
     }

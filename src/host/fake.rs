@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::{
-    ClaimRequest, Claimed, Content, DeviceView, Host, KeeperOptions, KeeperView, MountEntry, Observe,
-    Signature, StopOptions, TargetView, User,
+    ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, IoPath, KeeperOptions, KeeperView,
+    Life, MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User,
 };
 use crate::error::{Error, Kind, Result};
 use crate::host::{CheckResult, Device};
@@ -46,6 +46,14 @@ struct Record {
     owned: bool,
 }
 
+/// The kernel's side of an NBD device.
+#[derive(Debug, Clone, Copy)]
+struct KernelDevice {
+    path: IoPath,
+    /// It only gives errors: its server crashed on the direct path, or it was failed by force.
+    given_up: bool,
+}
+
 /// One volume's part of the machine.
 #[derive(Debug, Default)]
 struct World {
@@ -58,7 +66,18 @@ struct World {
     log_epoch: u64,
     disk: Option<Disk>,
     fuse: bool,
+    nbd: Option<KernelDevice>,
     device: Option<Device>,
+    /// The keeper that runs serves the device.
+    served: bool,
+    /// The keeper that runs has replayed what was left behind.
+    raised: bool,
+    /// The kernel can do NBD.
+    nbd_works: bool,
+    /// The store is away: no ZeroFS can start, and one that dies stays dead.
+    store_away: bool,
+    /// A detach was told --force.
+    force: bool,
     mounts: Vec<MountEntry>,
     links: BTreeMap<PathBuf, PathBuf>,
     folders: BTreeSet<PathBuf>,
@@ -81,6 +100,13 @@ impl FakeHost {
     /// A machine with nothing on it.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A machine whose kernel can do NBD, as most can.
+    pub fn with_nbd() -> Self {
+        let host = Self::default();
+        host.world.borrow_mut().nbd_works = true;
+        host
     }
 
     /// Dies at the `n`th instant from now: even numbers before a change, odd ones after it.
@@ -126,6 +152,11 @@ impl FakeHost {
         let mut w = self.world.borrow_mut();
         assert!(!w.mounts.is_empty(), "the test writes only while mounted");
         w.acknowledged.push(value);
+        if w.nbd.is_some_and(|n| n.path == IoPath::Direct) {
+            // Nobody remembers it for ZeroFS: the fsync returned because ZeroFS has it durably.
+            w.disk.as_mut().and_then(|d| d.filesystem.as_mut()).expect("it is mounted").data.push(value);
+            return;
+        }
         w.log.push(value);
         if let Some(record) = &w.record {
             w.log_epoch = record.epoch;
@@ -137,16 +168,49 @@ impl FakeHost {
         self.world.borrow_mut().flush();
     }
 
-    /// SIGKILL to the keeper; ZeroFS lives on.
+    /// SIGKILL to the keeper; ZeroFS lives on. A FUSE device is dead with it, an NBD device waits.
     pub fn kill_keeper(&self) {
-        self.world.borrow_mut().keeper = false;
+        self.world.borrow_mut().lose_keeper();
+    }
+
+    /// Nobody starts the next keeper for so long that the kernel lets the I/O of its device fail: a filesystem that is
+    /// mounted turns read-only. The device itself can be served again.
+    pub fn time_out(&self) {
+        let mut w = self.world.borrow_mut();
+        if w.life() == Life::Waiting {
+            w.harm_filesystem();
+        }
+    }
+
+    /// The store goes away, or comes back.
+    pub fn set_store_away(&self, away: bool) {
+        let mut w = self.world.borrow_mut();
+        w.store_away = away;
+        w.zerofs &= !away;
+    }
+
+    /// Whether a detach may give up what no server takes.
+    pub fn set_force(&self, force: bool) {
+        self.world.borrow_mut().force = force;
+    }
+
+    /// Whether the device answers.
+    pub fn life(&self) -> Life {
+        self.world.borrow().life()
     }
 
     /// SIGKILL to ZeroFS: a living keeper restarts it and replays, which ends in a flush.
     pub fn kill_zerofs(&self) {
         let mut w = self.world.borrow_mut();
+        if let Some(nbd) = w.nbd.as_mut().filter(|n| n.path == IoPath::Direct) {
+            nbd.given_up = true;
+            w.harm_filesystem();
+        }
         if w.keeper {
-            w.flush();
+            // What an earlier keeper left waits for the replay step.
+            if w.raised {
+                w.flush();
+            }
         } else {
             w.zerofs = false;
         }
@@ -171,7 +235,8 @@ impl FakeHost {
     /// What an application would read: everything it wrote, in order. None while nothing is mounted.
     pub fn read(&self) -> Option<Vec<u64>> {
         let w = self.world.borrow();
-        if !w.mounts.iter().any(|m| m.source != "/dev/other") || !w.keeper {
+        let writable = w.mounts.iter().any(|m| m.source != "/dev/other" && !m.read_only);
+        if !writable || !w.keeper || w.life() != Life::Served {
             return None;
         }
         let mut data = w.disk.as_ref()?.filesystem.as_ref()?.data.clone();
@@ -208,6 +273,7 @@ impl FakeHost {
         note(w.zerofs, "zerofs");
         note(!w.log.is_empty(), "log");
         note(w.fuse, "fuse");
+        note(w.nbd.is_some(), "nbd");
         note(w.device.is_some(), "device");
         note(w.mounts.iter().any(|m| m.source != "/dev/other"), "mount");
         note(!w.links.is_empty(), "link");
@@ -217,6 +283,10 @@ impl FakeHost {
 }
 
 impl World {
+    fn new_device(&self, path: &str, read_only: bool) -> Device {
+        Device { path: path.into(), read_only, size: ByteSize(self.disk.as_ref().map_or(0, |d| d.size)) }
+    }
+
     fn flush(&mut self) {
         let log = std::mem::take(&mut self.log);
         if let Some(fs) = self.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
@@ -236,9 +306,45 @@ impl World {
     fn alive(&self) -> bool {
         self.keeper && self.zerofs
     }
+
+    fn life(&self) -> Life {
+        match self.nbd {
+            Some(nbd) if nbd.given_up => Life::Dead,
+            Some(_) if !self.served => Life::Waiting,
+            None if self.fuse && !self.served => Life::Dead,
+            _ => Life::Served,
+        }
+    }
+
+    /// An I/O error got to the filesystem: it takes no more writes.
+    fn harm_filesystem(&mut self) {
+        let device = self.device.as_ref().map(|d| d.path.to_string_lossy().into_owned());
+        for mount in self.mounts.iter_mut().filter(|m| Some(&m.source) == device.as_ref()) {
+            mount.read_only = true;
+        }
+    }
+
+    fn lose_keeper(&mut self) {
+        self.keeper = false;
+        self.served = false;
+        self.raised = false;
+    }
+
+    fn require_store(&self) -> Result<()> {
+        if self.store_away {
+            return Err(Error::new(Kind::Unreachable, "ZeroFS cannot reach its store"));
+        }
+        Ok(())
+    }
+
+    fn require_claim(&self) {
+        assert!(self.config, "started without a config");
+        assert!(self.record.as_ref().is_some_and(|r| r.owned), "started without the claim");
+    }
 }
 
-const DEVICE: &str = "/dev/loop0";
+const LOOP: &str = "/dev/loop0";
+const NBD: &str = "/dev/nbd0";
 
 impl Observe for FakeHost {
     fn claim(&self, _: &VolumeId) -> Result<Option<Claimed>> {
@@ -260,7 +366,7 @@ impl Observe for FakeHost {
     fn keeper(&self, _: &VolumeId) -> Result<KeeperView> {
         let w = self.world.borrow();
         Ok(if w.keeper {
-            let left_behind = if w.fuse { 0 } else { w.log.len() as u64 };
+            let left_behind = if w.raised { 0 } else { w.log.len() as u64 };
             KeeperView::Alive { usable: true, state: "ready".into(), reason: None, left_behind }
         } else {
             KeeperView::Dead { orphan: w.zerofs, left_behind: w.log.len() as u64 }
@@ -273,13 +379,28 @@ impl Observe for FakeHost {
 
     fn device(&self, _: &VolumeId) -> Result<DeviceView> {
         let w = self.world.borrow();
-        Ok(DeviceView { fuse: w.fuse, device: w.device.clone() })
+        let transport = match (w.nbd, w.fuse) {
+            (Some(_), _) => Some(Transport::Nbd),
+            (None, true) => Some(Transport::Fuse),
+            (None, false) => None,
+        };
+        let path = w.nbd.map(|n| n.path);
+        let (device, record) = (w.device.clone(), w.nbd.is_some());
+        Ok(DeviceView { fuse: w.fuse, device, transport, path, record, life: w.life() })
+    }
+
+    fn transport(&self, wanted: Transport) -> Result<Transport> {
+        match (wanted, self.world.borrow().nbd_works) {
+            (Transport::Fuse, _) | (Transport::Auto, false) => Ok(Transport::Fuse),
+            (_, true) => Ok(Transport::Nbd),
+            (Transport::Nbd, false) => Err(Error::environment("this kernel has no module nbd")),
+        }
     }
 
     fn signature(&self, _: &Path, _: Option<FsType>) -> Result<Signature> {
         let w = self.world.borrow();
-        assert!(w.log.is_empty(), "the device is looked at before the log is replayed");
-        if !w.alive() {
+        assert!(w.raised || w.log.is_empty(), "the device is looked at before the log is replayed");
+        if !w.alive() || w.life() != Life::Served {
             return Err(Error::failed("cannot read the device"));
         }
         Ok(match w.disk.as_ref().and_then(|d| d.filesystem.as_ref()) {
@@ -403,12 +524,10 @@ impl Host for FakeHost {
 
     fn start_keeper(&self, _: &VolumeId, epoch: u64, _: &KeeperOptions) -> Result<()> {
         self.change(|w| {
-            assert!(w.config, "started without a config");
-            assert!(
-                w.record.as_ref().is_some_and(|r| r.owned && r.epoch == epoch),
-                "started without the claim"
-            );
+            w.require_claim();
+            assert_eq!(w.record.as_ref().map(|r| r.epoch), Some(epoch), "started with another epoch");
             assert!(!w.keeper, "a second keeper");
+            w.require_store()?;
             // An orphan is adopted, not doubled.
             w.keeper = true;
             w.zerofs = true;
@@ -419,8 +538,12 @@ impl Host for FakeHost {
     fn stop_keeper(&self, _: &VolumeId, _: &StopOptions) -> Result<()> {
         self.change(|w| {
             assert!(!w.fuse || !w.keeper, "stopped under a live device");
+            assert!(w.nbd.is_none(), "stopped under a device");
             assert!(w.config || w.log.is_empty(), "a log that nothing can replay any more");
-            w.keeper = false;
+            if !w.log.is_empty() {
+                w.require_store()?;
+            }
+            w.lose_keeper();
             if w.disk.is_some() {
                 w.flush();
             }
@@ -441,7 +564,7 @@ impl Host for FakeHost {
 
     fn remove_disk(&self, _: &VolumeId) -> Result<()> {
         self.change(|w| {
-            assert!(!w.fuse, "the disk is removed under a device");
+            assert!(!w.fuse && w.nbd.is_none(), "the disk is removed under a device");
             assert!(w.disk.as_ref().is_none_or(|d| d.filesystem.is_none()), "a written disk is removed");
             w.disk = None;
             Ok(())
@@ -460,40 +583,83 @@ impl Host for FakeHost {
 
     fn replay(&self, _: &VolumeId) -> Result<(u64, Option<String>)> {
         self.change(|w| {
-            assert!(!w.fuse, "replayed under a live device");
+            assert!(!w.fuse && w.nbd.is_none(), "replayed under a device");
             w.disk()?;
             let epoch = w.record.as_ref().map_or(0, |r| r.epoch);
             assert!(w.log.is_empty() || w.log_epoch == epoch, "a log of another epoch would be replayed");
             let entries = w.log.len() as u64;
             w.flush();
+            w.raised = true;
             Ok((entries, None))
         })
     }
 
-    fn connect(&self, _: &VolumeId, read_only: bool) -> Result<Device> {
+    fn prepare_transport(&self, wanted: Transport) -> Result<Transport> {
+        self.transport(wanted)
+    }
+
+    fn connect(&self, _: &VolumeId, request: &ConnectRequest) -> Result<Device> {
+        let nbd = request.transport == Transport::Nbd;
+        assert_ne!(request.transport, Transport::Auto, "nobody picked a transport");
         self.change(|w| {
             assert!(w.alive(), "connected without ZeroFS");
-            assert!(w.fuse || w.log.is_empty(), "connected before the replay");
-            w.fuse = true;
+            assert!(w.raised || w.log.is_empty(), "connected before the replay");
+            assert_ne!(w.life(), Life::Dead, "a dead device is connected again");
+            w.raised = true;
+            w.served = true;
+            if nbd {
+                w.nbd.get_or_insert(KernelDevice { path: request.path, given_up: false });
+                w.device = Some(w.new_device(NBD, request.read_only));
+            } else {
+                w.fuse = true;
+            }
             Ok(())
         })?;
         self.change(|w| {
-            let size = ByteSize(w.disk.as_ref().map_or(0, |d| d.size));
-            let device = w.device.get_or_insert(Device { path: DEVICE.into(), read_only, size });
-            Ok(device.clone())
+            let device = w.device.clone().unwrap_or_else(|| w.new_device(LOOP, request.read_only));
+            w.device = Some(device.clone());
+            Ok(device)
+        })
+    }
+
+    fn take_over(&self, _: &VolumeId) -> Result<()> {
+        assert_eq!(self.life(), Life::Waiting, "only a device that waits is taken over");
+        if !self.world.borrow().keeper {
+            self.change(|w| {
+                w.require_claim();
+                w.require_store()?;
+                w.keeper = true;
+                w.zerofs = true;
+                Ok(())
+            })?;
+        }
+        self.change(|w| {
+            w.disk()?;
+            w.flush();
+            w.raised = true;
+            Ok(())
+        })?;
+        self.change(|w| {
+            w.served = true;
+            Ok(())
         })
     }
 
     fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
         self.change(|w| {
             assert!(dead || w.users.is_empty(), "a device in use is disconnected");
-            assert!(!w.mounts.iter().any(|m| m.source == DEVICE), "a mounted device is disconnected");
-            assert!(!dead || !w.keeper, "a live device is taken down as if it were dead");
+            assert!(
+                !w.mounts.iter().any(|m| m.source == LOOP || m.source == NBD),
+                "a mounted device is disconnected"
+            );
+            assert!(!dead || w.life() == Life::Dead, "a live device is taken down as if it were dead");
             w.device = None;
+            w.nbd = None;
             Ok(())
         })?;
         self.change(|w| {
             w.fuse = false;
+            w.served = false;
             Ok(())
         })
     }
@@ -577,9 +743,20 @@ impl Host for FakeHost {
 
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
         self.change(|w| {
-            assert!(!dead || !w.keeper, "a live mount is detached lazily");
+            assert!(!dead || w.life() == Life::Dead, "a live mount is detached lazily");
+            let stuck = w.life() == Life::Waiting || w.life() == Life::Served && w.store_away;
+            if stuck && !w.force {
+                return Err(Error::new(Kind::Interrupted, "what is cached could not be written out"));
+            }
+            if stuck {
+                match &mut w.nbd {
+                    Some(nbd) => nbd.given_up = true,
+                    None => w.lose_keeper(),
+                }
+            }
+            let harmed = w.mounts.iter().any(|m| m.target == target && m.read_only);
             w.mounts.retain(|m| m.target != target);
-            let alive = w.alive();
+            let alive = w.alive() && w.life() == Life::Served && !harmed;
             if w.mounts.is_empty()
                 && alive
                 && let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut())

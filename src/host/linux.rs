@@ -12,8 +12,9 @@ use zeroize::Zeroizing;
 
 use super::programs::Program;
 use super::{
-    ClaimRequest, Claimed, Content, DeviceView, Host, KeeperOptions, KeeperView, MountEntry, Observe,
-    Signature, StopOptions, TargetView, User, access, loopdev, mounts, signature, users,
+    ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
+    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, device, loopdev,
+    mounts, nbd, signature, users,
 };
 use crate::catalog::{
     Catalog, ClaimOptions, ClaimedAs, DataPrefix, Family, Owner, Relation, Release, StorageUrl, Tag,
@@ -24,6 +25,7 @@ use crate::host::{CheckResult, Device};
 use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
+use crate::keeper::device::{RECORD, Record};
 use crate::keeper::log::{self, ReplayLog};
 use crate::keeper::path::LogState;
 use crate::keeper::process::{Identity, Process, boot_id};
@@ -123,6 +125,8 @@ pub struct LinuxHost {
     patience: Duration,
     /// When that is over, let the device fail instead of giving up.
     force: bool,
+    /// The device was failed by force.
+    failed: RefCell<bool>,
 }
 
 /// What a [`LinuxHost`] is made of.
@@ -168,6 +172,7 @@ impl LinuxHost {
             progress,
             patience: QUICK,
             force: false,
+            failed: RefCell::new(false),
         })
     }
 
@@ -514,12 +519,21 @@ impl LinuxHost {
         self
     }
 
-    /// Lets the device under `target` fail at once, by killing its keeper: the only way to free an unmount from a storage
-    /// that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
+    /// Lets the device under `target` fail at once, by disconnecting it, or for FUSE by killing its keeper: the only way to
+    /// free an unmount from a storage that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
     fn fail_device(&self, target: &Path) -> Result<()> {
         let Some(source) = mounts::at(&mounts::table("self")?, target).map(|m| m.source) else {
             return Ok(());
         };
+        if let Some(index) = nbd::sysfs::index_of(Path::new(&source)) {
+            tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
+            *self.failed.borrow_mut() = true;
+            // The mount still holds it: it is free only after the unmount.
+            return match nbd::disconnect_and_wait(index, Duration::from_secs(2)) {
+                Err(e) if e.kind() != Kind::Busy => Err(e),
+                _ => Ok(()),
+            };
+        }
         let name = Path::new(&source).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let path = format!("/sys/block/{name}/loop/backing_file");
         let file = std::fs::read_to_string(&path).doing("read", &path)?;
@@ -529,7 +543,48 @@ impl LinuxHost {
         if let Some(process) = Process::open(&keeper)? {
             process.kill(Duration::from_secs(30))?;
         }
+        *self.failed.borrow_mut() = true;
         Ok(())
+    }
+
+    fn nbd_device(&self, volume: &VolumeId) -> Result<Device> {
+        device::nbd_device(&self.dirs.volume_run(volume), volume)?.ok_or_else(|| {
+            Error::failed("the keeper connected an NBD device, but the kernel does not show it as ours")
+                .hint("see what the kernel says: dmesg | tail")
+        })
+    }
+
+    /// Takes loop device and FUSE mount away, if they are there.
+    fn disconnect_fuse(&self, volume: &VolumeId, dead: bool) -> Result<()> {
+        let (folder, file) = self.dirs.fuse(volume);
+        // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
+        let status = if dead { None } else { self.status(volume)? };
+        let dead = !status.is_some_and(|s| s.fuse_mounted);
+        // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
+        // only be that of a server that is away for longer than the volume's time limit.
+        if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {
+            tracing::warn!(%volume, "{e}");
+        }
+        if let Some(device) = loopdev::find(&file)? {
+            loopdev::detach(&device.path, &file, dead)?;
+        }
+        if mounts::at(&mounts::table("self")?, &folder).is_some() {
+            if dead {
+                nix::mount::umount2(&folder, MntFlags::MNT_DETACH).doing("unmount", &folder)?;
+            } else {
+                // The kernel lets go of the file a moment after the loop device is gone.
+                let begun = Instant::now();
+                loop {
+                    match self.client(volume)?.within(Duration::from_secs(60)).unmount() {
+                        Err(e) if e.kind() == Kind::Busy && begun.elapsed() < Duration::from_secs(5) => {
+                            std::thread::sleep(Duration::from_millis(5));
+                        }
+                        other => break other?,
+                    }
+                }
+            }
+        }
+        remove(std::fs::remove_dir(&folder), &folder)
     }
 
     /// Writes out what is cached of the filesystem at `target`, when this is its last mount. An unmount does that too,
@@ -590,8 +645,9 @@ impl LinuxHost {
     }
 
     /// What a keeper makes in the run folder, by name; not the log, which may hold what nobody else has.
-    fn keeper_names() -> [&'static str; 8] {
+    fn keeper_names() -> [&'static str; 9] {
         [
+            RECORD,
             keeper::CONFIG,
             keeper::PID_FILE,
             "keeper.lock",
@@ -775,9 +831,15 @@ impl Observe for LinuxHost {
     }
 
     fn device(&self, volume: &VolumeId) -> Result<DeviceView> {
-        let (folder, file) = self.dirs.fuse(volume);
-        let fuse = mounts::at(&mounts::table("self")?, &folder).is_some();
-        Ok(DeviceView { fuse, device: loopdev::find(&file)? })
+        let mut view = device::view(&self.dirs, volume, || self.status(volume))?;
+        if *self.failed.borrow() && !view.is_absent() {
+            view.life = Life::Dead;
+        }
+        Ok(view)
+    }
+
+    fn transport(&self, wanted: Transport) -> Result<Transport> {
+        device::transport(wanted)
     }
 
     fn signature(&self, device: &Path, recorded: Option<FsType>) -> Result<Signature> {
@@ -795,7 +857,10 @@ impl Observe for LinuxHost {
 
     fn target(&self, target: &TargetPath) -> Result<TargetView> {
         let path = target.as_path();
-        if let Some(entry) = mounts::at(&mounts::table("self")?, path) {
+        if let Some(mut entry) = mounts::at(&mounts::table("self")?, path) {
+            // An XFS that gave up after an error still calls itself read-write.
+            let gave_up = std::fs::metadata(path).is_err_and(|e| e.raw_os_error() == Some(libc::EIO));
+            entry.read_only |= gave_up;
             return Ok(TargetView::MountPoint(entry));
         }
         let meta = match std::fs::symlink_metadata(path) {
@@ -1017,49 +1082,85 @@ impl Host for LinuxHost {
         Ok((client.replay()?.entries, None))
     }
 
-    fn connect(&self, volume: &VolumeId, read_only: bool) -> Result<Device> {
-        let (folder, file) = self.dirs.fuse(volume);
+    fn prepare_transport(&self, wanted: Transport) -> Result<Transport> {
+        device::prepare(wanted)
+    }
+
+    fn connect(&self, volume: &VolumeId, request: &ConnectRequest) -> Result<Device> {
         let mut client = self.client(volume)?.within(Duration::from_secs(600));
+        if request.transport == Transport::Nbd {
+            client.connect_nbd(&device::options(request))?;
+            return self.nbd_device(volume);
+        }
+        let (folder, file) = self.dirs.fuse(volume);
         if mounts::at(&mounts::table("self")?, &folder).is_none() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).doing("make", &folder)?;
             client.mount()?;
         }
         match loopdev::find(&file)? {
             Some(device) => Ok(device),
-            None => loopdev::attach(&file, read_only),
+            None => loopdev::attach(&file, request.read_only),
+        }
+    }
+
+    fn take_over(&self, volume: &VolumeId) -> Result<()> {
+        let run = self.dirs.volume_run(volume);
+        // The very words that the one before was started with: neither settings nor password are at hand here.
+        let config = KeeperConfig::read(&run)?;
+        if keeper::find_zerofs(&run).is_empty() {
+            // A ZeroFS that is started now would fence whoever owns the volume by now.
+            let claimed = self.claim(volume)?;
+            if claimed.as_ref().map(|c| c.epoch) != Some(config.epoch) {
+                return Err(Error::new(Kind::Conflict, "the volume has a new owner in the catalog")
+                    .hint(format!("take it down here: zerofsctl detach {volume} --force")));
+            }
+        }
+        let begun = Instant::now();
+        keeper::spawn(&self.program, &config, Duration::from_secs(20))?;
+        // It takes the device over by itself, once the log is replayed.
+        let limit = START_LIMIT.min(self.patience);
+        loop {
+            let why = match self.client(volume)?.wait_ready(limit.saturating_sub(begun.elapsed())) {
+                Ok(status) => status.reason,
+                Err(e) => return Err(e),
+            };
+            match self.device(volume)?.life {
+                Life::Served => return Ok(()),
+                Life::Dead => {
+                    let record = Record::read(&run)?.and_then(|r| r.failed);
+                    let why = record.unwrap_or_else(|| "the kernel has let it go".into());
+                    return Err(Error::refused(format!("its device cannot be taken over: {why}"))
+                        .hint(format!("run: zerofsctl recover {volume}")));
+                }
+                Life::Waiting if begun.elapsed() >= limit => {
+                    let why = why.map(|w| format!(": {w}")).unwrap_or_default();
+                    return Err(Error::new(
+                        Kind::Unreachable,
+                        format!("the next keeper runs, but does not serve the device yet{why}"),
+                    )
+                    .hint(format!("see what it waits for: zerofsctl show {volume}")));
+                }
+                Life::Waiting => std::thread::sleep(Duration::from_millis(2)),
+            }
         }
     }
 
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
-        let (folder, file) = self.dirs.fuse(volume);
-        // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
-        let status = if dead { None } else { self.status(volume)? };
-        let dead = !status.is_some_and(|s| s.fuse_mounted);
-        // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
-        // only be that of a server that is away for longer than the volume's time limit.
-        if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {
-            tracing::warn!(%volume, "{e}");
-        }
-        if let Some(device) = loopdev::find(&file)? {
-            loopdev::detach(&device.path, &file, dead)?;
-        }
-        if mounts::at(&mounts::table("self")?, &folder).is_some() {
-            if dead {
-                nix::mount::umount2(&folder, MntFlags::MNT_DETACH).doing("unmount", &folder)?;
-            } else {
-                // The kernel lets go of the file a moment after the loop device is gone.
-                let begun = Instant::now();
-                loop {
-                    match self.client(volume)?.within(Duration::from_secs(60)).unmount() {
-                        Err(e) if e.kind() == Kind::Busy && begun.elapsed() < Duration::from_secs(5) => {
-                            std::thread::sleep(Duration::from_millis(5));
-                        }
-                        other => break other?,
-                    }
+        let run = self.dirs.volume_run(volume);
+        if Record::read(&run)?.is_some() {
+            let keeper = || self.status(volume)?.map(|_| self.client(volume)).transpose();
+            match device::disconnect(&run, volume, dead, keeper()?) {
+                Err(e)
+                    if !dead && self.force && matches!(e.kind(), Kind::Unreachable | Kind::Interrupted) =>
+                {
+                    tracing::warn!(%volume, "{}: its device is failed by force; what was cached, but not acknowledged, is lost", e.message());
+                    *self.failed.borrow_mut() = true;
+                    device::disconnect(&run, volume, true, keeper()?)?;
                 }
+                other => other?,
             }
         }
-        remove(std::fs::remove_dir(&folder), &folder)
+        self.disconnect_fuse(volume, dead)
     }
 
     fn grow_device(&self, volume: &VolumeId) -> Result<Device> {
@@ -1067,6 +1168,10 @@ impl Host for LinuxHost {
         self.client(volume)?.within(Duration::from_secs(60)).resize()?;
         let missing =
             || Error::refused("it has no block device").hint(format!("run: zerofsctl recover {volume}"));
+        // The keeper tells the kernel of the size of an NBD device.
+        if let Some(device) = device::nbd_device(&self.dirs.volume_run(volume), volume)? {
+            return Ok(device);
+        }
         let device = loopdev::find(&file)?.ok_or_else(missing)?;
         loopdev::grow(&device.path, &file)?;
         loopdev::find(&file)?.ok_or_else(missing)
@@ -1151,7 +1256,8 @@ impl Host for LinuxHost {
         options: &[String],
         read_only: bool,
     ) -> Result<()> {
-        let mut all = vec![if read_only { "ro" } else { "rw" }.to_owned()];
+        // For the init system: it must be unmounted before the network goes, and before what serves the device.
+        let mut all = vec![if read_only { "ro" } else { "rw" }.to_owned(), "_netdev".to_owned()];
         all.extend(options.iter().cloned());
         let all = all.join(",");
         let args = [

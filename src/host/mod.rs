@@ -5,18 +5,21 @@
 //! earlier try, it ends in the same state; recovery relies on it.
 //! [`linux::LinuxHost`] is the real one, [`fake::FakeHost`] a model for exhaustive crash tests.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
 pub use crate::catalog::Content;
 
 pub mod access;
 pub mod cgroup;
+pub mod device;
 pub mod fake;
 mod fssize;
 pub mod linux;
@@ -104,19 +107,126 @@ pub enum KeeperView {
     },
 }
 
+/// How the block device is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// The kernel's NBD client where it works, else FUSE.
+    #[default]
+    Auto,
+    /// The kernel's NBD client.
+    Nbd,
+    /// One file over FUSE, a loop device with direct I/O on it.
+    Fuse,
+}
+
+impl FromStr for Transport {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "auto" => Ok(Transport::Auto),
+            "nbd" => Ok(Transport::Nbd),
+            "fuse" => Ok(Transport::Fuse),
+            _ => Err(Error::usage(format!("unknown transport {s:?}")).hint("choose one of auto, nbd, fuse")),
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Transport::Auto => "auto",
+            Transport::Nbd => "nbd",
+            Transport::Fuse => "fuse",
+        })
+    }
+}
+
+/// Where the kernel's NBD connections end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoPath {
+    /// At the keeper, which replays what a crashed ZeroFS had not flushed.
+    #[default]
+    Guarded,
+    /// At ZeroFS: a crash of it fails the device.
+    Direct,
+}
+
+impl FromStr for IoPath {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "guarded" => Ok(IoPath::Guarded),
+            "direct" => Ok(IoPath::Direct),
+            _ => Err(Error::usage(format!("unknown path {s:?}")).hint("choose guarded or direct")),
+        }
+    }
+}
+
+impl fmt::Display for IoPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            IoPath::Guarded => "guarded",
+            IoPath::Direct => "direct",
+        })
+    }
+}
+
+/// How long the kernel holds I/O for a device that no keeper serves, unless told otherwise.
+pub const RECONNECT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How to make the block device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConnectRequest {
+    /// What was picked: never [`Transport::Auto`].
+    pub transport: Transport,
+    /// For [`Transport::Nbd`].
+    pub path: IoPath,
+    /// The device refuses writes.
+    pub read_only: bool,
+    /// How long the kernel holds I/O while no keeper serves the device, for [`Transport::Nbd`].
+    pub reconnect_timeout: Duration,
+}
+
+/// Whether a block device answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Life {
+    /// It is served, or it is no longer there at all.
+    #[default]
+    Served,
+    /// Its keeper is gone: the kernel holds its I/O until the next keeper takes it over.
+    Waiting,
+    /// It only gives errors, and always will.
+    Dead,
+}
+
 /// What is there of the block device.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DeviceView {
     /// The FUSE mount is there (alive or dead).
     pub fuse: bool,
-    /// The loop device on it.
+    /// The device: an NBD device, or the loop device on the FUSE file.
     pub device: Option<Device>,
+    /// How it was made, if anything is there; never [`Transport::Auto`].
+    pub transport: Option<Transport>,
+    /// The path of an NBD device.
+    pub path: Option<IoPath>,
+    /// An NBD device is on record, whether the kernel still has it or not.
+    pub record: bool,
+    /// Whether it answers.
+    pub life: Life,
 }
 
 impl DeviceView {
     /// Nothing is there.
     pub fn is_absent(&self) -> bool {
-        !self.fuse && self.device.is_none()
+        !self.fuse && !self.record && self.device.is_none()
+    }
+
+    /// Everything that belongs to the device is there.
+    pub fn is_complete(&self) -> bool {
+        self.device.is_some() && (self.fuse || self.transport == Some(Transport::Nbd))
     }
 }
 
@@ -232,7 +342,7 @@ pub trait Observe {
     }
     /// Size of the disk inside ZeroFS; none when there is no disk. Needs a running ZeroFS.
     fn disk_size(&self, volume: &VolumeId) -> Result<Option<ByteSize>>;
-    /// The FUSE mount and the loop device.
+    /// The block device, and whether it answers.
     fn device(&self, volume: &VolumeId) -> Result<DeviceView>;
     /// What is on the device. Any doubt is an error.
     ///
@@ -243,6 +353,9 @@ pub trait Observe {
     fn mounts_of(&self, device: &Path) -> Result<Vec<MountEntry>>;
     /// What is at a path.
     fn target(&self, target: &TargetPath) -> Result<TargetView>;
+    /// Which transport an attach would take that asks for `wanted`; an error, with what is missing, where that cannot
+    /// work. It loads no module, but counts on one that can be loaded.
+    fn transport(&self, wanted: Transport) -> Result<Transport>;
     /// Who uses the device besides its mounts in this namespace: openers, other mount namespaces, holders.
     fn device_users(&self, device: &Path) -> Result<Vec<User>>;
     /// An error if this machine cannot grow that filesystem while it is mounted.
@@ -279,9 +392,15 @@ pub trait Host: Observe {
     /// Replays the log that an earlier keeper left; returns the number of entries, and a note when the log
     /// was void.
     fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)>;
+    /// Gets the machine ready for a transport, as by loading a module, and tells which it is.
+    fn prepare_transport(&self, wanted: Transport) -> Result<Transport>;
     /// Makes the block device.
-    fn connect(&self, volume: &VolumeId, read_only: bool) -> Result<Device>;
-    /// Takes it away again. The caller has proven that nothing uses it, or that it is `dead`.
+    fn connect(&self, volume: &VolumeId, request: &ConnectRequest) -> Result<Device>;
+    /// Starts the next keeper for a device that waits ([`Life::Waiting`]), on the run folder of the one that is gone: it
+    /// takes over log and device, and what is mounted stays mounted. Without the claim it is an error.
+    fn take_over(&self, volume: &VolumeId) -> Result<()>;
+    /// Takes the device away again, and proves that it is gone. The caller has proven that nothing uses it, or that it
+    /// is `dead`.
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()>;
     /// Tells keeper and kernel the new size.
     fn grow_device(&self, volume: &VolumeId) -> Result<Device>;

@@ -21,7 +21,9 @@ pub fn parse(text: &str) -> Vec<MountEntry> {
             let (target, options) = (left.next()?, left.next()?);
             let mut right = right.split(' ');
             let (fs, source, super_options) = (right.next()?, right.next()?, right.next().unwrap_or(""));
-            let read_only = [options, super_options].iter().any(|o| o.split(',').any(|o| o == "ro"));
+            // What a kernel says of a filesystem that gave up after an error counts as read-only, too.
+            let off = |o: &str| matches!(o, "ro" | "emergency_ro" | "shutdown");
+            let read_only = [options, super_options].iter().any(|o| o.split(',').any(off));
             Some(MountEntry {
                 target: PathBuf::from(decode(target)),
                 source: decode(source),
@@ -70,6 +72,7 @@ mod tests {
 40 36 7:0 / /mnt/a\\040b rw - ext4 /dev/loop0 rw
 41 36 7:1 / /mnt/c ro,relatime shared:2 master:3 - xfs /dev/loop1 rw
 42 36 7:2 / /mnt/d rw - btrfs /dev/loop2 ro,space_cache
+44 36 7:4 / /mnt/e rw - ext4 /dev/nbd0 rw,emergency_ro
 43 40 7:3 / /mnt/a\\040b rw - ext4 /dev/loop3 rw
 garbage
 ";
@@ -77,7 +80,8 @@ garbage
     #[test]
     fn paths_are_decoded_and_matched_exactly() {
         let table = parse(TABLE);
-        assert_eq!(table.len(), 5);
+        assert_eq!(table.len(), 6);
+        assert!(at(&table, Path::new("/mnt/e")).unwrap().read_only);
         assert_eq!(at(&table, Path::new("/mnt/a b")).unwrap().source, "/dev/loop3", "the topmost counts");
         assert_eq!(at(&table, Path::new("/mnt/a b/below")), None, "never the parent");
         assert_eq!(at(&table, Path::new("/mnt")), None);

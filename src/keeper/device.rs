@@ -70,7 +70,8 @@ pub(crate) struct Record {
     /// How many sockets it has.
     sockets: usize,
     reconnects: u64,
-    failed: Option<String>,
+    /// Why the device works no more, and never will again.
+    pub failed: Option<String>,
 }
 
 impl Record {

@@ -11,7 +11,7 @@ mod apart;
 mod causes;
 pub mod client;
 pub mod control;
-mod device;
+pub(crate) mod device;
 pub mod fuse;
 pub mod guard;
 pub mod log;

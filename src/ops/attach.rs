@@ -1,7 +1,9 @@
 //! attach: from a volume's name to a mounted filesystem, or a raw device.
 
 use super::*;
-use crate::host::{KeeperOptions, StopOptions};
+use std::time::Duration;
+
+use crate::host::{KeeperOptions, RECONNECT_TIMEOUT, StopOptions};
 
 /// What to attach, where and how. Every value is checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +26,10 @@ pub struct AttachSpec {
     pub block: bool,
     /// How the device is made.
     pub transport: Transport,
+    /// Where the kernel's NBD connections end.
+    pub path: IoPath,
+    /// How long the kernel holds I/O while no keeper serves an NBD device.
+    pub reconnect_timeout: Duration,
     /// Take the volume from an owner that is gone for good.
     pub take_over: bool,
     /// For the keeper.
@@ -45,6 +51,8 @@ impl AttachSpec {
             read_only: false,
             block: false,
             transport: Transport::default(),
+            path: IoPath::default(),
+            reconnect_timeout: RECONNECT_TIMEOUT,
             take_over: false,
             keeper: KeeperOptions::default(),
             stop: StopOptions::default(),
@@ -84,7 +92,13 @@ pub(super) fn prepare(spec: &AttachSpec) -> Vec<Task> {
         step::Start { options: spec.keeper.clone(), stop: spec.stop }.into(),
         step::CreateDisk {}.into(),
         step::Replay {}.into(),
-        step::Connect { transport: spec.transport, read_only: spec.read_only }.into(),
+        step::Connect {
+            transport: spec.transport,
+            read_only: spec.read_only,
+            path: spec.path,
+            reconnect_timeout: spec.reconnect_timeout,
+        }
+        .into(),
     ]
     .into_iter()
     .map(Task::apply)
@@ -129,11 +143,15 @@ pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<
     let plan = spec.plan();
     let mut journal = open(engine, run_dir, &spec.volume)?;
     let result = (|| {
+        revive(engine, &spec.volume)?;
         engine.settle(&mut journal, Some(&plan))?;
         // A resumed run takes care of itself; the probes of its steps find a dead device.
         clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
         if journal.open_run().is_none() {
             check_target(engine.host, spec)?;
+            if journal.standing().connect.is_none() {
+                engine.host.prepare_transport(spec.transport).map_err(|e| e.on(&spec.volume))?;
+            }
         }
         let facts = journal.standing().facts.carried();
         engine.run(&mut journal, plan, facts)
@@ -146,8 +164,7 @@ pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<
 fn clear_wreck_of_resumed(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<()> {
     if journal.open_run().is_some() {
         let standing = journal.standing();
-        let dead = matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
-        if dead && standing.connect.is_some() && !engine.host.device(volume)?.is_absent() {
+        if standing.connect.is_some() && engine.host.device(volume)?.life == Life::Dead {
             engine.settle(journal, None)?;
         } else {
             return Ok(());
@@ -159,5 +176,8 @@ fn clear_wreck_of_resumed(engine: &Engine<'_>, journal: &mut Journal, volume: &V
 /// The dry run of an attach.
 pub fn preview(host: &dyn crate::host::Observe, spec: &AttachSpec) -> Result<Vec<crate::run::Preview>> {
     check_target(host, spec)?;
+    if host.device(&spec.volume)?.is_absent() {
+        host.transport(spec.transport).map_err(|e| e.on(&spec.volume))?;
+    }
     crate::run::preview(host, &spec.plan(), Facts::default())
 }

@@ -56,6 +56,11 @@ pub fn detach(
     let mut journal = open(engine, run_dir, volume)?;
     let wanted = Plan { operation: Operation::Detach, volume: volume.clone(), tasks: vec![] };
     let result = (|| {
+        // An unmount from a device that waits would wait, too. Without a server there is no next keeper: then the steps
+        // find out how long they may take, and --force what they may give up.
+        if let Err(e) = revive(engine, volume) {
+            engine.observer.note(&format!("the next keeper cannot serve its device ({e})"));
+        }
         // An earlier detach of everything that was cut short, wanted again: this one's own stop options
         // count, so it starts afresh from what stands.
         let open_detach = journal.open_run().is_some_and(|r| r.plan.operation == Operation::Detach);

@@ -61,6 +61,7 @@ pub fn fsck(engine: &Engine<'_>, run_dir: &Path, spec: &FsckSpec) -> Result<RunR
     let volume = &spec.attach.volume;
     let mut journal = open(engine, run_dir, volume)?;
     let result = (|| {
+        revive(engine, volume)?;
         engine.settle(&mut journal, None)?;
         require_detached(&journal.standing(), volume)?;
         engine.run(&mut journal, spec.plan(), Facts::default())

@@ -6,12 +6,12 @@
 use std::path::Path;
 
 use crate::error::{Error, Kind, Result};
-use crate::host::KeeperView;
+use crate::host::{IoPath, KeeperView, Life, TargetView, Transport};
 use crate::journal::{Journal, Settlement, Standing, place};
 use crate::plan::{Operation, Plan, Task};
 use crate::run::{Engine, RunReport};
 use crate::step::Facts;
-use crate::step::{self, Step, Transport};
+use crate::step::{self, Step};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 
 pub mod attach;
@@ -19,6 +19,7 @@ pub mod detach;
 pub mod fsck;
 pub mod recover;
 pub mod resize;
+pub mod take_over;
 
 pub use attach::AttachSpec;
 pub use detach::Scope;
@@ -41,19 +42,71 @@ fn open(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result<Journa
     }
 }
 
-/// Takes down mounts and device whose keeper was killed: on FUSE they can only give errors any more.
-/// Returns the places that were mounted there.
-fn clear_wreck(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<Vec<Step>> {
+/// Takes down mounts and device of a device that only gives errors: a FUSE one whose keeper was killed, or an NBD one
+/// whose server crashed on the direct path. True when there was such a wreck.
+fn clear_wreck(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<bool> {
     let standing = journal.standing();
-    let dead = matches!(engine.host.keeper(volume).map_err(|e| e.on(volume))?, KeeperView::Dead { .. });
-    let Some(connect) = standing.connect.clone().filter(|_| dead) else { return Ok(vec![]) };
-    if engine.host.device(volume)?.is_absent() && standing.places.is_empty() {
-        return Ok(vec![]);
+    let Some(connect) = standing.connect.clone() else { return Ok(false) };
+    let view = engine.host.device(volume).map_err(|e| e.on(volume))?;
+    let wreck = if view.is_absent() {
+        let keeper = engine.host.keeper(volume).map_err(|e| e.on(volume))?;
+        !standing.places.is_empty() && matches!(keeper, KeeperView::Dead { .. })
+    } else {
+        view.life == Life::Dead
+    };
+    if wreck {
+        engine.observer.note("its device only gives errors any more: taking down what is left");
+        clear(engine, journal, volume, standing, connect)?;
     }
-    engine.observer.note("its keeper is gone, and the device with it: taking down what is left");
+    Ok(wreck)
+}
+
+/// Takes down an NBD device whose filesystem was told of an error, because the kernel held its I/O for as long as it may:
+/// it takes no more writes, and only a mount anew brings it back. What is in use is not touched. True when there was
+/// such a one.
+fn clear_harmed(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<bool> {
+    let standing = journal.standing();
+    let Some(connect) = standing.connect.clone() else { return Ok(false) };
+    let view = engine.host.device(volume).map_err(|e| e.on(volume))?;
+    let (Some(device), Some(Transport::Nbd)) = (view.device, view.transport) else { return Ok(false) };
+    for place in &standing.places {
+        let Step::Mount(mount) = place else { continue };
+        if !mount.read_only
+            && let TargetView::MountPoint(entry) = engine.host.target(&mount.target)?
+            && entry.read_only
+            && entry.source == device.path.to_string_lossy()
+        {
+            engine.observer.note("its filesystem was told of an I/O error: taking it down, to mount it anew");
+            clear(engine, journal, volume, standing, connect)?;
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn clear(
+    engine: &Engine<'_>,
+    journal: &mut Journal,
+    volume: &VolumeId,
+    standing: Standing,
+    connect: step::Connect,
+) -> Result<()> {
     let mut tasks: Vec<Task> = standing.places.iter().rev().cloned().map(Task::undo).collect();
     tasks.push(Task::undo(connect.into()));
     let plan = Plan { operation: Operation::Clear, volume: volume.clone(), tasks };
-    engine.run(journal, plan, standing.facts)?;
-    Ok(standing.places)
+    engine.run(journal, plan, standing.facts).map(drop)
+}
+
+/// Where the device only waits for the next keeper, starts that one: first of all, since whatever touches the device
+/// would wait, too. True when it did.
+///
+/// It is no run of the journal: there is nothing to undo, and a kill in the middle leaves what was there before.
+fn revive(engine: &Engine<'_>, volume: &VolumeId) -> Result<bool> {
+    let named = |e: Error| e.on(volume).in_step("take-over");
+    if engine.host.device(volume).map_err(named)?.life != Life::Waiting {
+        return Ok(false);
+    }
+    engine.observer.note("its keeper is gone, and its device waits: starting the next keeper");
+    engine.host.take_over(volume).map_err(named)?;
+    Ok(true)
 }

@@ -23,6 +23,9 @@ pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result
 /// The same, under a lock that is held already.
 pub(super) fn settle_all(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<Recovered> {
     let mut what = Vec::new();
+    if revive(engine, volume)? {
+        what.push("started the next keeper, which took over the waiting device".into());
+    }
     // A resize needs a living volume: it is finished last.
     let resize = journal.open_run().and_then(resize_to);
     if resize.is_some() {
@@ -35,11 +38,11 @@ pub(super) fn settle_all(engine: &Engine<'_>, journal: &mut Journal, volume: &Vo
         _ => {}
     }
     let before = journal.standing();
-    let places = clear_wreck(engine, journal, volume)?;
-    if !places.is_empty() {
-        what.push("took down the device of a keeper that is gone".into());
+    let cleared = clear_wreck(engine, journal, volume)? || clear_harmed(engine, journal, volume)?;
+    if cleared {
+        what.push("took down a device that had given errors".into());
     }
-    let again = matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
+    let again = cleared || matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
     if let (true, Some(claim), Some(connect)) = (again, before.claim.clone(), before.connect.clone()) {
         let plan = again_plan(volume, &before, claim, connect);
         let facts = journal.standing().facts.carried();

@@ -70,8 +70,10 @@ pub fn resize(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec, size: Byte
     let result = (|| {
         let detached = detached_plan(spec, size);
         // On a device whose keeper was killed nothing can grow: it is brought back first.
+        revive(engine, volume)?;
+        let dead = engine.host.device(volume).map_err(|e| e.on(volume))?.life == Life::Dead;
         let gone = matches!(engine.host.keeper(volume).map_err(|e| e.on(volume))?, KeeperView::Dead { .. });
-        if gone && journal.standing().connect.is_some() {
+        if (gone || dead) && journal.standing().connect.is_some() {
             super::recover::settle_all(engine, &mut journal, volume)?;
         }
         // What was cut short is settled first; then this one sees what stands.

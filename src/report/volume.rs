@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Report;
 use crate::catalog::VolumeRecord;
-use crate::host::Device;
+use crate::host::{Device, IoPath, Transport};
 use crate::journal::{Outcome, Run, TaskState};
 use crate::keeper::control::Status;
 use crate::values::{ByteSize, FsType, VolumeId};
@@ -27,6 +27,12 @@ pub struct Found {
     pub fs: Option<FsType>,
     /// The block device, while there is one.
     pub device: Option<Device>,
+    /// How that was made.
+    pub transport: Option<Transport>,
+    /// The path of an NBD device.
+    pub path: Option<IoPath>,
+    /// How often an NBD device got new connections, because a keeper or, on the direct path, ZeroFS was restarted.
+    pub reconnects: Option<u64>,
     /// Where it is mounted or linked.
     pub targets: Vec<String>,
     /// The store.
@@ -55,6 +61,8 @@ pub fn list(found: &[Found]) -> Report {
                 text(f.device.as_ref().map(|d| d.path.display().to_string())),
                 if f.targets.is_empty() { "-".into() } else { f.targets.join(", ") },
                 f.storage_url.clone(),
+                text(f.transport.map(|t| made(t, f.path))),
+                text(f.reconnects.map(|n| n.to_string())),
                 text(f.epoch.map(|n| n.to_string())),
                 text(f.keeper_pid.map(|n| n.to_string())),
                 text(f.zerofs_pid.map(|n| n.to_string())),
@@ -64,8 +72,20 @@ pub fn list(found: &[Found]) -> Report {
         })
         .collect();
     let columns = [
-        "VOLUME", "STATE", "SIZE", "FS", "DEVICE", "TARGETS", "STORE", "EPOCH", "KEEPER", "ZEROFS",
-        "RESTARTS", "REASON",
+        "VOLUME",
+        "STATE",
+        "SIZE",
+        "FS",
+        "DEVICE",
+        "TARGETS",
+        "STORE",
+        "TRANSPORT",
+        "RECONNECTS",
+        "EPOCH",
+        "KEEPER",
+        "ZEROFS",
+        "RESTARTS",
+        "REASON",
     ];
     // What is wrong must not need a wide terminal.
     let reasons = found.iter().filter(|f| f.state != "attached" && f.state != "elsewhere");
@@ -78,6 +98,14 @@ pub fn list(found: &[Found]) -> Report {
         report.table(&columns, rows).wide_from(6)
     };
     report
+}
+
+/// `fuse`, `nbd`, `nbd direct`.
+fn made(transport: Transport, path: Option<IoPath>) -> String {
+    match path {
+        Some(IoPath::Direct) => format!("{transport} direct"),
+        _ => transport.to_string(),
+    }
 }
 
 /// Everything that `show` found out.
@@ -129,6 +157,21 @@ pub fn show(seen: &Seen) -> Report {
         row(
             "device",
             format!("{}, {}{}", d.path.display(), d.size, if d.read_only { ", read-only" } else { "" }),
+        );
+    }
+    if let Some(transport) = found.transport {
+        row("transport", made(transport, found.path));
+    }
+    if let Some(n) = status.as_ref().and_then(|s| s.nbd.as_ref()) {
+        row(
+            "nbd",
+            format!(
+                "{} connections, {} lost, {} reconnects, I/O is held for {} s",
+                n.connections,
+                n.dead_connections,
+                n.reconnects,
+                n.reconnect_timeout_ms / 1000
+            ),
         );
     }
     for target in &found.targets {

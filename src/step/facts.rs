@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::host::{CheckResult, Content, Device, Signature};
+use crate::host::{CheckResult, Content, Device, IoPath, Signature, Transport};
 use crate::values::{ByteSize, FsType, TargetPath};
 
 /// Which way a step is taken.
@@ -38,6 +38,12 @@ pub struct Facts {
     /// The block device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<Device>,
+    /// How it was made; never [`Transport::Auto`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transport: Option<Transport>,
+    /// The path of an NBD device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<IoPath>,
     /// What was found on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub signature: Option<Signature>,

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Act, Direction, Facts, device_name};
 use crate::error::{Error, Result};
-use crate::host::{Host, Observe};
+use crate::host::{Host, Observe, Transport};
 use crate::values::{ByteSize, VolumeId};
 
 /// See the module.
@@ -27,7 +27,14 @@ impl Act for GrowDevice {
     }
 
     fn command(&self, _: Direction, _: &VolumeId, facts: &Facts) -> String {
-        format!("losetup --set-capacity {}", device_name(facts))
+        let device = device_name(facts);
+        match facts.transport {
+            // No program does this: it is one message of the kernel's netlink family nbd.
+            Some(Transport::Nbd) => {
+                format!("# NBD_CMD_RECONFIGURE of {device} with SIZE_BYTES={}", self.size.bytes())
+            }
+            _ => format!("losetup --set-capacity {device}"),
+        }
     }
 
     fn is_applied(&self, volume: &VolumeId, facts: &mut Facts, host: &dyn Observe) -> Result<bool> {

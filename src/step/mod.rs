@@ -32,7 +32,7 @@ mod write_config;
 
 pub use check::Check;
 pub use claim::Claim;
-pub use connect::{Connect, Transport};
+pub use connect::Connect;
 pub use create_disk::CreateDisk;
 pub use facts::{Direction, Facts};
 pub use format::Format;

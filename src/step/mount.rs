@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Act, Direction, Facts, device_name, target};
 use crate::error::{Error, Kind, Result};
-use crate::host::{Host, KeeperView, Observe, TargetView};
+use crate::host::{Host, Life, Observe, TargetView};
 use crate::values::{TargetPath, VolumeId};
 
 /// See the module.
@@ -76,7 +76,9 @@ impl Act for Mount {
                 Error::new(Kind::Conflict, format!("it is mounted read-write at {}", self.target))
             } else {
                 // The kernel turns a filesystem read-only when it saw an error.
-                Error::refused(format!("it has become read-only at {}", self.target))
+                return Err(Error::refused(format!("it has become read-only at {}", self.target)).hint(
+                    format!("mount it anew: zerofsctl recover {volume}; or detach it and attach it again"),
+                ));
             }
             .hint(format!("detach it and attach it again: zerofsctl detach {volume}")));
         }
@@ -108,7 +110,7 @@ impl Act for Mount {
             facts.device = host.device(volume)?.device;
         }
         if self.mounted_here(facts, host)? {
-            let dead = matches!(host.keeper(volume)?, KeeperView::Dead { .. });
+            let dead = host.device(volume)?.life == Life::Dead;
             host.unmount(self.target.as_path(), dead)?;
         }
         if facts.made_targets.contains(&self.target) {

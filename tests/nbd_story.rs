@@ -1,0 +1,381 @@
+//! What an operator sees of volumes on kernel NBD devices, told with the built program, the real ZeroFS and real
+//! filesystems: a killed keeper is a pause, whoever starts the next one; the direct path fails in the open; without a
+//! server a detach ends all the same. Needs root and a kernel with the nbd module: it runs in the virtual machine.
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
+use support::{require_program, wait_until};
+use zerofsctl::host::nbd::{self, sysfs};
+
+const MIB: usize = 1 << 20;
+
+/// Long enough for any machine.
+const LONG: Duration = Duration::from_secs(120);
+
+/// A node on a machine whose kernel can do NBD.
+#[track_caller]
+fn node() -> Node {
+    let node = Node::new();
+    nbd::ensure().expect("this test needs the nbd module: run it in the virtual machine, see scripts/vm");
+    node
+}
+
+/// How many NBD devices are connected, whoever did that.
+fn connected() -> usize {
+    sysfs::all().unwrap().iter().filter(|d| d.connected).count()
+}
+
+fn device(node: &Node, volume: &str) -> u32 {
+    let found = node.found(volume);
+    let path = found["device"]["path"].as_str().unwrap_or_else(|| panic!("no device: {found:#}"));
+    sysfs::index_of(Path::new(path)).unwrap_or_else(|| panic!("no NBD device: {found:#}"))
+}
+
+/// `zerofsctl watch`, until it is dropped.
+struct Watch {
+    child: Child,
+    log: std::path::PathBuf,
+}
+
+impl Watch {
+    fn start(node: &Node) -> Watch {
+        let log = node.dir.join("watch.log");
+        let mut command = node.command(&["watch", "--log-format", "json"]);
+        let child = command.stderr(File::create(&log).unwrap()).stdout(Stdio::null()).spawn().unwrap();
+        let watch = Watch { child, log };
+        watch.wait_for("watching", 1);
+        watch
+    }
+
+    fn wait_for(&self, event: &str, times: usize) {
+        wait_until(&format!("{times} {event} of the watcher"), LONG, || self.count(event) >= times);
+    }
+
+    fn count(&self, event: &str) -> usize {
+        let text = fs::read_to_string(&self.log).unwrap();
+        // The last line may still be on its way.
+        let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+        lines.filter(|l| l["event"] == event).count()
+    }
+
+    /// SIGTERM; it must end with success, and leave the keepers alone.
+    fn stop(mut self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}: {}", fs::read_to_string(&self.log).unwrap());
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // After a stop there is nothing to kill.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Writes and syncs block after block into a file, on a thread; an error of any of them fails the test.
+struct Writer {
+    end: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<u64>,
+}
+
+impl Writer {
+    fn start(path: &Path) -> Writer {
+        let file = File::create(path).unwrap();
+        let end = Arc::new(AtomicBool::new(false));
+        let ended = end.clone();
+        let thread = std::thread::spawn(move || {
+            let mut blocks = 0;
+            while !ended.load(Ordering::SeqCst) || blocks == 0 {
+                file.write_all_at(&pattern(blocks, 4096), blocks * 4096).unwrap();
+                file.sync_data().unwrap();
+                blocks += 1;
+            }
+            blocks
+        });
+        Writer { end, thread }
+    }
+
+    /// Everything that was written and synced.
+    fn stop(self) -> Vec<u8> {
+        self.end.store(true, Ordering::SeqCst);
+        let blocks = self.thread.join().expect("no write failed");
+        (0..blocks).flat_map(|n| pattern(n, 4096)).collect()
+    }
+}
+
+fn story_with_watcher(fs: &str) {
+    let node = node();
+    let before = connected();
+    let m = node.target("m");
+    let attach = ["attach", "vol1", "--target", &m, "--size", "512Mi", "--fs", fs, "--transport", "nbd"];
+    node.ok(&attach);
+    let index = device(&node, "vol1");
+    let device = sysfs::one(index).unwrap().unwrap();
+    assert_eq!(device.backend.as_deref(), Some("zerofs:vol1"));
+    let watch = Watch::start(&node);
+    node.run(&["watch"]).expect_error(11, &["another watcher"]);
+
+    let writer = Writer::start(&Path::new(&m).join("stream"));
+    for round in 1..=3 {
+        assert!(node.kill(Victim::Keeper));
+        // A command meanwhile waits for the watcher, or goes first.
+        node.ok(&["attach", "vol1", "--target", &m]);
+        wait_until("the next keeper serves", LONG, || node.found("vol1")["reconnects"] == round);
+    }
+    let taken = watch.count("took-over");
+    // With its server, too.
+    assert!(node.kill(Victim::Both));
+    watch.wait_for("took-over", taken + 1);
+    let bytes = writer.stop();
+    assert_holds(&Path::new(&m).join("stream"), &bytes, "after four keepers");
+
+    let found = node.found("vol1");
+    assert_eq!(found["state"], "attached", "{found:#}");
+    assert_eq!((&found["transport"], &found["path"]), (&"nbd".into(), &"guarded".into()), "{found:#}");
+    assert_eq!(found["reconnects"], 4, "{found:#}");
+    assert_eq!(connected(), before + 1, "the same device, and no other");
+    let table = node.ok(&["list", "-o", "wide"]).stdout;
+    assert!(table.contains(&format!("/dev/nbd{index}")) && table.contains(" nbd "), "{table}");
+
+    node.ok(&["resize", "vol1", "1Gi"]);
+    assert_eq!(sysfs::one(index).unwrap().unwrap().size.bytes(), 1 << 30);
+    let room = nix::sys::statvfs::statvfs(Path::new(&m)).unwrap();
+    assert!(room.blocks() * room.fragment_size() > 600 * MIB as u64, "the filesystem has grown");
+
+    watch.stop();
+    assert_holds(&Path::new(&m).join("stream"), &bytes, "the keepers outlive the watcher");
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("after detach");
+    node.ok(&["fsck", "vol1"]);
+    node.ok(&["attach", "vol1", "--target", &m]);
+    assert_holds(&Path::new(&m).join("stream"), &bytes, "after a new attach");
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("at the end");
+}
+
+#[test]
+fn nbd_a_watcher_makes_each_kill_a_pause_ext4() {
+    story_with_watcher("ext4");
+}
+
+#[test]
+fn nbd_a_watcher_makes_each_kill_a_pause_xfs() {
+    story_with_watcher("xfs");
+}
+
+#[test]
+fn nbd_a_watcher_makes_each_kill_a_pause_btrfs() {
+    story_with_watcher("btrfs");
+}
+
+#[test]
+fn nbd_every_command_that_meets_a_waiting_device_starts_the_next_keeper() {
+    let node = node();
+    let before = connected();
+    let (m, m2) = (node.target("m"), node.target("m2"));
+    let bytes = pattern(7, 3 * MIB);
+    node.ok(&["attach", "vol1", "--target", &m, "--size", "256Mi", "--transport", "nbd"]);
+    write_durably(&Path::new(&m).join("data"), &bytes);
+    let index = device(&node, "vol1");
+
+    for command in [
+        &["recover", "vol1"] as &[&str],
+        &["attach", "vol1", "--target", &m],
+        &["attach", "vol1", "--target", &m2],
+        &["resize", "vol1", "384Mi"],
+        &["detach", &m2],
+    ] {
+        assert!(node.kill(Victim::Keeper), "{command:?}");
+        assert_eq!(node.found("vol1")["state"], "waiting", "{command:?}");
+        node.ok(command);
+        assert_eq!(node.found("vol1")["state"], "attached", "{command:?}");
+        assert_eq!(device(&node, "vol1"), index, "{command:?}");
+        assert_holds(&Path::new(&m).join("data"), &bytes, &format!("{command:?}"));
+    }
+    assert!(node.kill(Victim::Both));
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("after detach of a waiting device");
+    node.ok(&["attach", "vol1", "--target", &m, "--read-only"]);
+    assert_holds(&Path::new(&m).join("data"), &bytes, "attached again, read-only");
+    node.ok(&["detach", "vol1"]);
+}
+
+#[test]
+fn nbd_a_device_in_use_is_never_disconnected() {
+    let node = node();
+    let before = connected();
+    let m = node.target("m");
+    node.ok(&["attach", "vol1", "--target", &m, "--size", "256Mi", "--transport", "nbd"]);
+    let device = sysfs::path(device(&node, "vol1"));
+    // Held open, and mounted where we do not look.
+    let held = File::open(&device).unwrap();
+    node.run(&["detach", "vol1"]).expect_error(11, &["in use", &std::process::id().to_string()]);
+    drop(held);
+    node.ok(&["attach", "vol1", "--target", &m]);
+    let elsewhere = node.dir.join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let mount = format!("mount {} {} && exec sleep 600", device.display(), elsewhere.display());
+    let unshare = require_program("unshare");
+    let mut other = std::process::Command::new(unshare)
+        .args(["--mount", "--propagation", "private", "sh", "-c", &mount])
+        .spawn()
+        .unwrap();
+    wait_until("the mount in the other namespace", LONG, || {
+        fs::read_to_string(format!("/proc/{}/mountinfo", other.id()))
+            .is_ok_and(|t| t.contains(elsewhere.to_str().unwrap()))
+    });
+    node.run(&["detach", "vol1"]).expect_error(11, &["in use"]);
+    assert_eq!(connected(), before + 1);
+    other.kill().unwrap();
+    other.wait().unwrap();
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("after the users let go");
+}
+
+#[test]
+fn nbd_the_direct_path_fails_in_the_open_and_recover_makes_a_new_device() {
+    let node = node();
+    let before = connected();
+    let m = node.target("m");
+    let bytes = pattern(9, 2 * MIB);
+    node.ok(&["attach", "vol1", "--target", &m, "--size", "256Mi", "--path", "direct"]);
+    assert_eq!(node.found("vol1")["path"], "direct");
+    write_durably(&Path::new(&m).join("data"), &bytes);
+    node.run(&["attach", "vol1", "--target", &node.target("m2"), "--transport", "nbd"])
+        .expect_error(1, &["direct", "guarded"]);
+    assert!(node.kill(Victim::Zerofs));
+    wait_until("the device fails", LONG, || node.found("vol1")["state"] == "broken");
+    let mut file = File::create(Path::new(&m).join("late")).ok();
+    let written = file.as_mut().map(|f| f.write_all(&bytes).and_then(|()| f.sync_all()));
+    assert!(!matches!(written, Some(Ok(()))), "a device that failed takes nothing");
+    drop(file);
+    node.ok(&["recover", "vol1"]);
+    assert_eq!(node.found("vol1")["state"], "attached");
+    assert_holds(&Path::new(&m).join("data"), &bytes, "what was synced is there");
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("at the end");
+}
+
+#[test]
+fn nbd_after_the_kernel_gave_up_waiting_recover_mounts_anew() {
+    let node = node();
+    let before = connected();
+    let m = node.target("m");
+    let bytes = pattern(11, 2 * MIB);
+    node.ok(&[
+        "attach",
+        "vol1",
+        "--target",
+        &m,
+        "--size",
+        "256Mi",
+        "--transport",
+        "nbd",
+        "--reconnect-timeout",
+        "1s",
+    ]);
+    write_durably(&Path::new(&m).join("data"), &bytes);
+    assert!(node.kill(Victim::Keeper));
+    // Nobody takes over: the filesystem is told of an error.
+    let late = Path::new(&m).join("late");
+    let failed = File::create(&late).and_then(|mut f| f.write_all(&bytes).and_then(|()| f.sync_all()));
+    assert!(failed.is_err(), "without a keeper nothing is synced");
+    node.ok(&["recover", "vol1"]);
+    assert_eq!(node.found("vol1")["state"], "attached");
+    assert_holds(&Path::new(&m).join("data"), &bytes, "what was synced is there");
+    write_durably(&late, &bytes);
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("at the end");
+}
+
+#[test]
+fn nbd_a_raw_device_waits_and_without_a_server_is_freed_by_force() {
+    let node = node();
+    let before = connected();
+    let link = node.target("disk");
+    let bytes = pattern(15, 2 * MIB);
+    let attach = ["attach", "vol1", "--target", &link, "--size", "256Mi", "--block", "--transport", "nbd"];
+    node.ok(&attach);
+    let write = |at: u64| {
+        let file = File::options().write(true).open(&link).unwrap();
+        file.write_all_at(&bytes, at).and_then(|()| file.sync_all())
+    };
+    write(0).unwrap();
+    assert!(node.kill(Victim::Both));
+    node.ok(&["recover", "vol1"]);
+    write(8 << 20).unwrap();
+    assert!(node.kill(Victim::Keeper));
+    let (store, away) = (node.state().join("store"), node.state().join("store.away"));
+    fs::rename(&store, &away).unwrap();
+    fs::write(&store, b"not a folder").unwrap();
+    assert!(node.kill(Victim::Zerofs));
+    node.run(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
+    assert_eq!(connected(), before, "the device is free");
+    fs::remove_file(&store).unwrap();
+    fs::rename(&away, &store).unwrap();
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("once the store is back");
+    node.ok(&attach);
+    for at in [0, 8 << 20] {
+        let mut read = vec![0; bytes.len()];
+        File::open(&link).unwrap().read_exact_at(&mut read, at).unwrap();
+        assert!(read == bytes, "what was synced at {at} is there");
+    }
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("at the end");
+}
+
+#[test]
+fn nbd_without_a_server_a_detach_ends_and_with_force_frees_the_device() {
+    let node = node();
+    let before = connected();
+    let m = node.target("m");
+    let bytes = pattern(13, 2 * MIB);
+    node.ok(&["attach", "vol1", "--target", &m, "--size", "256Mi", "--transport", "nbd"]);
+    write_durably(&Path::new(&m).join("data"), &bytes);
+    // What no server takes: the store is gone, and then everybody who could tell.
+    let store = node.state().join("store");
+    let away = node.state().join("store.away");
+    fs::rename(&store, &away).unwrap();
+    fs::write(&store, b"not a folder").unwrap();
+    assert!(node.kill(Victim::Both));
+    fs::write(Path::new(&m).join("cached"), &bytes).unwrap();
+
+    let refused = node.run(&["detach", "vol1", "--stop-timeout", "3s"]);
+    assert!(!matches!(refused.code, Some(0)), "{refused:#?}");
+    assert_eq!(connected(), before + 1, "nothing was taken away");
+    node.run(&["detach", "vol1", "--stop-timeout", "3s", "--force"]);
+    assert_eq!(connected(), before, "the device is free");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(&format!(" {m} ")), "{mounts}");
+
+    fs::remove_file(&store).unwrap();
+    fs::rename(&away, &store).unwrap();
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("once the store is back");
+    node.ok(&["attach", "vol1", "--target", &m]);
+    assert_holds(&Path::new(&m).join("data"), &bytes, "what was synced is there");
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+}
