@@ -379,3 +379,23 @@ fn nbd_without_a_server_a_detach_ends_and_with_force_frees_the_device() {
     node.ok(&["detach", "vol1"]);
     assert_eq!(connected(), before);
 }
+
+/// Short, as it also runs on the stock kernel in emulation.
+#[test]
+fn nbd_smoke_a_volume_is_attached_written_detached_and_attached_again() {
+    let node = node();
+    let before = connected();
+    let m = node.target("m");
+    let bytes = pattern(5, MIB);
+    node.ok(&["attach", "vol1", "--target", &m, "--size", "128Mi", "--transport", "nbd"]);
+    let shown = sysfs::one(device(&node, "vol1")).unwrap().unwrap();
+    assert_eq!((shown.size.0, shown.backend.as_deref()), (128 << 20, Some("zerofs:vol1")));
+    write_durably(&Path::new(&m).join("data"), &bytes);
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.ok(&["attach", "vol1", "--target", &m]);
+    assert_holds(&Path::new(&m).join("data"), &bytes, "attached again");
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("after both detaches");
+}
