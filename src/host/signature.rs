@@ -16,6 +16,9 @@ use crate::values::FsType;
 
 const MIB: u64 = 1 << 20;
 
+/// From either end, all that [`TABLE`] looks at.
+const GLANCE: u64 = MIB / 4;
+
 /// Magic numbers by place: offset, bytes, name. Offsets from the end are negative.
 const TABLE: &[(i64, &[u8], &str)] = &[
     (0x438, &[0x53, 0xef], "ext4"),
@@ -58,7 +61,7 @@ pub fn probe(device: &Path) -> Result<Signature> {
             let _cached = read_ahead(device);
             blkid(device)
         });
-        let ours = read_ends(device);
+        let ours = read_ends(device, MIB);
         let theirs = theirs.join().unwrap_or_else(|_| Err(Error::failed("the thread that asked blkid died")));
         (theirs, ours)
     });
@@ -92,7 +95,7 @@ fn read_ahead(device: &Path) -> Option<File> {
 
 /// Our own table alone, for a device that shall hold a finished `fs`: none unless it sees just that.
 pub fn glance(device: &Path, fs: FsType) -> Result<Option<Signature>> {
-    let (start, end) = read_ends(device)?;
+    let (start, end) = read_ends(device, GLANCE)?;
     let seen = table(&start, &end) == Some(fs.name());
     Ok(seen.then(|| Signature::Filesystem { fs, clean: is_clean(fs, &start) }))
 }
@@ -124,8 +127,8 @@ fn blkid(device: &Path) -> Result<Option<String>> {
     }
 }
 
-/// The first and the last MiB, past the page cache.
-fn read_ends(device: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
+/// The first and the last `reach` bytes, past the page cache.
+fn read_ends(device: &Path, reach: u64) -> Result<(Vec<u8>, Vec<u8>)> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
@@ -135,19 +138,24 @@ fn read_ends(device: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
     if size == 0 {
         return Err(Error::failed(format!("{} has no size", device.display())));
     }
-    let length = size.min(MIB);
-    // The last MiB, aligned down: O_DIRECT wants whole blocks.
+    let length = size.min(reach);
+    // The last bytes, aligned down: O_DIRECT wants whole blocks.
     let last = (size - length) / 4096 * 4096;
     let read = |from: u64| {
-        let mut buffer = Aligned::new(MIB as usize + 4096);
-        let wanted = (size - from).min(MIB + 4096) as usize / 512 * 512;
+        let mut buffer = Aligned::new(reach as usize + 4096);
+        let wanted = (size - from).min(reach + 4096) as usize / 512 * 512;
         read_exact(&file, &mut buffer.slice()[..wanted], from).doing("read", device)?;
         Ok::<_, Error>(buffer.slice()[..wanted].to_vec())
     };
-    let mut start = read(0)?;
+    // Both at once: each takes a round trip to ZeroFS.
+    let (start, end) = std::thread::scope(|scope| {
+        let end = scope.spawn(|| read(last));
+        let start = read(0);
+        (start, end.join().unwrap_or_else(|_| Err(Error::failed("the thread that read the end died"))))
+    });
+    let mut start = start?;
     start.truncate(length as usize);
-    let end = read(last)?;
-    Ok((start, end))
+    Ok((start, end?))
 }
 
 /// The size of a block device or file, in bytes.
@@ -271,6 +279,8 @@ mod tests {
                 start[at..at + magic.len()].copy_from_slice(magic);
             }
             assert_eq!(table(&start, &end), Some(*name));
+            let near = (&start[..GLANCE as usize], &end[end.len() - GLANCE as usize..]);
+            assert_eq!(table(near.0, near.1), Some(*name), "a glance sees as much");
             assert!(matches!(judge(None, &start, &end).unwrap(), Signature::Other(_)), "{name}");
             assert!(
                 matches!(judge(Some("minix".into()), &start, &end).unwrap(), Signature::Other(_)),

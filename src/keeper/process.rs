@@ -7,7 +7,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -333,10 +333,14 @@ pub fn find_marked(name: &str, value: &OsStr) -> Vec<Identity> {
     let own = std::process::id() as i32;
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    // One buffer for all, and large: the file tells no size, so each would be read in many small pieces.
+    let mut environ = Vec::with_capacity(64 << 10);
     pids.filter(|pid| *pid != own)
         .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/environ"))
-                .is_ok_and(|environ| environ.split(|b| *b == 0).any(|variable| variable == wanted))
+            environ.clear();
+            File::open(format!("/proc/{pid}/environ"))
+                .and_then(|mut file| file.read_to_end(&mut environ))
+                .is_ok_and(|_| environ.split(|b| *b == 0).any(|variable| variable == wanted))
         })
         .filter_map(Identity::of)
         .collect()
