@@ -37,11 +37,11 @@ test-nbd: ## The same on this machine: needs root and the kernel's nbd module (m
 	@scripts/setup test
 	@scripts/vm-test here
 
-# The same tests, with more cases of each property and more rounds of each crash test.
-test-long: export ZEROFSCTL_CASES ?= 5000
-test-long: export ZEROFSCTL_ROUNDS ?= 30
-test-long: export PROPTEST_CASES ?= 5000
-test-long: test ## All tests with many more cases and rounds: takes an hour or more
+# Everything that takes long, with full counts: PART is one or more of the parts that scripts/test-long lists.
+PART ?= all
+test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model"): needs root
+	@scripts/setup test
+	scripts/test-long $(PART)
 
 # The quick checks come first and the tests last.
 check: fmt lint scripts-lint deny generated test ## All that CI asks: format, lints, licences, generated files, tests

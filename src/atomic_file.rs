@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// An exclusive lock on a folder, released on drop. The folder itself is locked, so no lock file is needed.
 #[derive(Debug)]
 pub struct FolderLock {
-    folder: File,
+    _folder: File,
 }
 
 impl FolderLock {
@@ -23,7 +23,7 @@ impl FolderLock {
         let until = Instant::now() + limit;
         loop {
             match folder.try_lock() {
-                Ok(()) => return Ok(FolderLock { folder }),
+                Ok(()) => return Ok(FolderLock { _folder: folder }),
                 Err(TryLockError::WouldBlock) if Instant::now() >= until => {
                     return Err(io::Error::new(io::ErrorKind::TimedOut, "another process holds its lock"));
                 }
@@ -31,11 +31,6 @@ impl FolderLock {
                 Err(TryLockError::Error(e)) => return Err(e),
             }
         }
-    }
-
-    /// Makes renames and removals in the folder durable.
-    pub fn sync(&self) -> io::Result<()> {
-        self.folder.sync_all()
     }
 }
 

@@ -185,7 +185,7 @@ fn a_killed_keeper_leaves_a_zerofs_that_the_next_one_adopts() {
 #[test]
 fn a_keeper_killed_at_any_moment_of_its_start_leaves_what_the_next_one_can_take_over() {
     let v = Volume::new();
-    for round in 0..support::rounds(12) {
+    for round in 0..support::rounds(12, 30) {
         let keeper = start(&v.config).keeper;
         std::thread::sleep(Duration::from_millis(u64::from(round) * 37 % 300));
         signal(keeper.pid, Signal::SIGKILL);

@@ -126,7 +126,7 @@ fn killing(direct: bool, fsync: bool) {
     let v = Volume::new();
     let mut disk = Disk::attach(&v);
     let dir = disk.mount(true);
-    for round in 0..support::rounds(1) {
+    for round in 0..support::rounds(1, 3) {
         let (report, kills) = kill_while(&v, load(&dir, &format!("load{round}"), direct, fsync, 12));
         report.assert_clean();
         // Few on a busy machine, where most of the time goes into starting it again.

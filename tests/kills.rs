@@ -2,8 +2,8 @@
 //! filesystem on it. A death of ZeroFS, or of its object store, must be a stall and nothing else; a death of
 //! everything must lose nothing that was acknowledged.
 //!
-//! `ZEROFSCTL_ROUNDS` (`make test-long`) raises the number of rounds. The figures are printed; see them with
-//! `cargo test --test kills -- --nocapture`.
+//! The long run (`make test-long PART=kills`, `store` or `death`) does many rounds. The figures are printed; see them
+//! with `cargo test --test kills -- --nocapture`.
 
 mod support;
 
@@ -13,8 +13,8 @@ use std::io::{self, Read, Seek, Write as _};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ use support::dir::TestDir;
 use support::fio::{FioJob, FioReport};
 use support::moto::Moto;
 use support::proxy::{FaultProxy, Mode};
-use support::{rounds, wait_until};
+use support::{rounds, side_by_side, wait_until};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// No stall that these tests cause is longer, on any machine that is worth a result.
@@ -571,49 +571,89 @@ fn kill_at_random(lab: &Lab, rng: &mut StdRng) -> Vec<Instant> {
     vec![at]
 }
 
-/// Rounds of load and kills on one mount; then all of it is read again after a detach and an attach.
+/// What the rounds on all mounts came to.
+#[derive(Default)]
+struct Tally {
+    kills: usize,
+    stalls: Vec<Duration>,
+}
+
+/// An attached volume that rounds of kills are done on. When it is dropped, all is read again after a detach and an
+/// attach.
+struct Arena {
+    lab: Lab,
+    rng: StdRng,
+}
+
+impl Arena {
+    fn new(name: &str, lab: Lab) -> Arena {
+        lab.attach();
+        Arena { lab, rng: rng(name) }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let lab = &self.lab;
+        lab.detach();
+        lab.attach();
+        for file in ["direct", "buffered"] {
+            if lab.target().join(file).exists() {
+                reading(fio(lab, file), true).run(LIMIT).assert_clean();
+            }
+        }
+        lab.detach();
+        let checked = lab.run(&["fsck", "vol1"], LIMIT);
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    }
+}
+
+/// Rounds of load and kills, each on the mount of the one before; in the long run on several volumes at once.
 fn rounds_of_kills(
     name: &str,
-    lab: &Lab,
+    lab: impl Fn() -> Lab + Sync,
     count: u32,
-    mut strike: impl FnMut(&Lab, &mut StdRng) -> Vec<Instant>,
+    strike: impl Fn(&Lab, &mut StdRng) -> Vec<Instant> + Sync,
 ) {
-    lab.attach();
-    let mut rng = rng(name);
-    let (mut kills, mut all_stalls) = (0, Vec::new());
-    for n in 0..count {
-        for file in ["direct", "buffered", "ledger"] {
-            let _ = fs::remove_file(lab.target().join(file));
-        }
-        let round = round(lab, n, &mut rng, |rng| strike(lab, rng));
-        assert!(round.faults.is_empty(), "{name}, round {n} of {count}: {:#?}\n{}", round.faults, lab.logs());
-        assert!(round.kills > 0, "a round without a kill shows nothing");
-        kills += round.kills;
-        all_stalls.extend(round.stalls);
-    }
-    assert!(!all_stalls.is_empty(), "kills without a stall were no kills");
+    let tally = Mutex::new(Tally::default());
+    let numbers: Vec<u32> = (0..count).collect();
+    side_by_side(
+        &numbers,
+        || Arena::new(name, lab()),
+        |Arena { lab, rng }, _, n| {
+            for file in ["direct", "buffered", "ledger"] {
+                let _ = fs::remove_file(lab.target().join(file));
+            }
+            let round = round(lab, *n, rng, |rng| strike(lab, rng));
+            assert!(
+                round.faults.is_empty(),
+                "{name}, round {n} of {count}: {:#?}\n{}",
+                round.faults,
+                lab.logs()
+            );
+            assert!(round.kills > 0, "a round without a kill shows nothing");
+            let mut tally = tally.lock().expect("no round panicked");
+            tally.kills += round.kills;
+            tally.stalls.extend(round.stalls);
+        },
+    );
+    let Tally { kills, mut stalls } = tally.into_inner().expect("no round panicked");
+    assert!(!stalls.is_empty(), "kills without a stall were no kills");
     println!("{name}: {count} of {count} rounds without an error or a lost write, {kills} kills");
-    print_stalls(name, &mut all_stalls);
-    lab.detach();
-    lab.attach();
-    for file in ["direct", "buffered"] {
-        reading(fio(lab, file), true).run(LIMIT).assert_clean();
-    }
-    lab.detach();
-    let checked = lab.run(&["fsck", "vol1"], LIMIT);
-    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    print_stalls(name, &mut stalls);
 }
 
 #[test]
 fn root_a_killed_zerofs_under_load_is_a_stall_and_nothing_else() {
-    let lab = Lab::new(&[]);
-    rounds_of_kills("ext4, kill -9", &lab, rounds(2), kill_at_random);
+    rounds_of_kills("ext4, kill -9", || Lab::new(&[]), rounds(2, 30), kill_at_random);
 }
 
 #[test]
 fn root_a_killed_zerofs_under_load_is_a_stall_on_xfs_too() {
-    let lab = Lab::new(&["--fs", "xfs"]);
-    rounds_of_kills("xfs, kill -9", &lab, rounds(1), kill_at_random);
+    rounds_of_kills("xfs, kill -9", || Lab::new(&["--fs", "xfs"]), rounds(1, 10), kill_at_random);
 }
 
 #[test]
@@ -624,17 +664,20 @@ fn root_the_watchdogs_kills_under_load_are_stalls_and_nothing_else() {
         "WARN slatedb: won't flush imm to l0 because too many l0 files [l0_len=16]",
         "ERROR slatedb: background task panicked unexpectedly. [task_name=memtable_writer, error=x]",
     ];
-    let lab = Lab::new(&[]);
-    let mut next = 0;
-    rounds_of_kills("ext4, the watchdog's kills", &lab, rounds(1), |lab, _| {
-        lab.wait_ready();
-        let before = lab.zerofs();
-        let at = Instant::now();
-        lab.log_line(FATAL[next % FATAL.len()]);
-        next += 1;
-        lab.next_zerofs(before);
-        vec![at]
-    });
+    let next = AtomicU32::new(0);
+    rounds_of_kills(
+        "ext4, the watchdog's kills",
+        || Lab::new(&[]),
+        rounds(1, 30),
+        |lab, _| {
+            lab.wait_ready();
+            let before = lab.zerofs();
+            let at = Instant::now();
+            lab.log_line(FATAL[next.fetch_add(1, Ordering::Relaxed) as usize % FATAL.len()]);
+            lab.next_zerofs(before);
+            vec![at]
+        },
+    );
 }
 
 #[test]
@@ -714,15 +757,12 @@ fn outage(outage: Duration, rng: &mut StdRng) {
 
 #[test]
 fn root_a_store_that_refuses_connections_is_a_stall_and_nothing_else() {
-    let mut rng = rng("outages");
-    let count = rounds(1);
-    // The first two are what a restart of the store's gateway takes; the last outlasts every retry.
-    let outages =
-        if count > 1 { &[(2, count), (5, count), (60, count.div_ceil(3))][..] } else { &[(2, 1), (5, 1)] };
-    for &(seconds, count) in outages {
-        for _ in 0..count {
-            outage(Duration::from_secs(seconds), &mut rng);
-        }
+    // The first two are what a restart of the store's gateway takes; the last outlasts every retry, and is for the
+    // long run alone. There the longest come first, so that none is waited for alone in the end.
+    let counts = [(60, rounds(0, 10)), (5, rounds(1, 10)), (2, rounds(1, 10))];
+    let outages: Vec<u64> = counts.iter().flat_map(|(s, n)| (0..*n).map(|_| *s)).collect();
+    side_by_side(&outages, || rng("outages"), |rng, _, seconds| outage(Duration::from_secs(*seconds), rng));
+    for (seconds, count) in counts.iter().filter(|(_, count)| *count > 0) {
         println!("store away for {seconds} s: {count} of {count} without zeros, an error or a lost write");
     }
 }
@@ -739,7 +779,7 @@ fn kill_both(lab: &Lab, rng: &mut StdRng) {
 
 #[test]
 fn root_what_was_acknowledged_survives_the_death_of_everything() {
-    let count = rounds(2);
+    let count = rounds(2, 20);
     let mut rng = rng("everything");
     let (mut replayed, mut writes) = (0, 0);
     let lab = Lab::new(&[]);
@@ -782,7 +822,7 @@ fn root_what_was_acknowledged_survives_the_death_of_everything() {
 #[test]
 fn root_what_was_synced_survives_without_the_replay_log() {
     const FLUSHES: u32 = 200;
-    let count = rounds(1);
+    let count = rounds(1, 10);
     let mut rng = rng("flushes");
     let lab = Lab::new(&[]);
     lab.attach();

@@ -5,14 +5,16 @@
 //!
 //! Which steps there are is asked of the program itself, so a new step is in the matrix by itself. By default
 //! every step is killed at every instant, or, where that takes long, at one or two of the four, with one of the
-//! four sets of victims and one of the follow-ups in turn; `ZEROFSCTL_ROUNDS` of 4 or more goes through all.
+//! four sets of victims and one of the follow-ups in turn. The long run (`make test-long PART=matrix`) goes through
+//! all: on ext4 the whole product, on the other filesystems every step and instant.
 
 mod support;
 
 use std::path::Path;
+use std::time::Instant;
 
 use support::cli::{Answer, Node, Victim, assert_holds, pattern, write_durably};
-use support::rounds;
+use support::{is_long, side_by_side};
 
 /// Around a step: before anything is recorded, after `started` was, after the change, after `done` was.
 const INSTANTS: [&str; 4] = ["before", "started", "applied", "after"];
@@ -191,32 +193,38 @@ fn names(steps: &serde_json::Value) -> Vec<String> {
     steps.iter().map(|s| s["step"].as_str().expect("a name").to_owned()).collect()
 }
 
-/// The matrix of a case; by default only one round in `every` of it.
-fn matrix(case: &Case, every: usize) {
-    let all = rounds(1) >= 4;
-    let mut scene = Scene::new(case);
-    let steps = steps(&mut scene);
-    let (mut round, mut kills) = (0usize, 0usize);
-    for (name, does) in &steps {
-        for instant in INSTANTS {
-            if !does && instant != "after" {
-                continue;
-            }
-            for variant in 0..if all { VICTIMS.len() * FOLLOW_UPS.len() } else { 1 } {
-                round += 1;
-                if !all && !round.is_multiple_of(every) {
-                    continue;
-                }
-                // By default victims and follow-ups go round: 4 and 3 have no common divisor.
-                let turn = if all { variant } else { kills };
-                let (victim, follow_up) =
-                    (VICTIMS[turn % VICTIMS.len()], FOLLOW_UPS[turn % FOLLOW_UPS.len()]);
-                one(&mut scene, name, instant, victim, follow_up);
-                kills += 1;
-            }
-        }
-    }
-    println!("{}: {} steps, {kills} kills", case.name(), steps.len());
+/// How much of a case's matrix is gone through.
+struct Extent {
+    /// By default only one round in so many; in the long run all of them.
+    every: usize,
+    /// Whether the long run takes each step and instant with every victim and follow-up.
+    product: bool,
+}
+
+/// The matrix of a case. Its rounds depend on nothing but the state that each makes for itself, so in the long run
+/// several nodes share them.
+fn matrix(case: &Case, extent: &Extent) {
+    let began = Instant::now();
+    let steps = steps(&mut Scene::new(case));
+    let instants = steps
+        .iter()
+        .flat_map(|(name, does)| INSTANTS.map(|instant| (name, *does, instant)))
+        .filter(|(_, does, instant)| *does || *instant == "after");
+    let every = if is_long() { 1 } else { extent.every };
+    let points: Vec<_> = instants.enumerate().filter(|(n, _)| (n + 1) % every == 0).map(|(_, p)| p).collect();
+    let variants = if is_long() && extent.product { VICTIMS.len() * FOLLOW_UPS.len() } else { 1 };
+    let rounds: Vec<_> = points.iter().flat_map(|point| (0..variants).map(move |v| (point, v))).collect();
+    side_by_side(
+        &rounds,
+        || Scene::new(case),
+        |scene, n, ((name, _, instant), variant)| {
+            // Alone, victims and follow-ups go round: 4 and 3 have no common divisor.
+            let turn = if variants > 1 { *variant } else { n };
+            let (victim, follow_up) = (VICTIMS[turn % VICTIMS.len()], FOLLOW_UPS[turn % FOLLOW_UPS.len()]);
+            one(scene, name, instant, victim, follow_up);
+        },
+    );
+    println!("{}: {} steps, {} kills, {:.0?}", case.name(), steps.len(), rounds.len(), began.elapsed());
 }
 
 fn one(scene: &mut Scene<'_>, step: &str, instant: &str, victim: Victim, follow_up: FollowUp) {
@@ -268,27 +276,27 @@ const RESIZE_ATTACHED: Case = Case { fs: "xfs", size: 512 * MIB, attached: true,
 
 #[test]
 fn root_attach_of_a_new_volume_killed_at_every_step() {
-    matrix(&ATTACH_NEW, 1);
+    matrix(&ATTACH_NEW, &Extent { every: 1, product: true });
 }
 
 #[test]
 fn root_attach_of_an_old_volume_killed_at_every_step() {
-    matrix(&ATTACH_OLD, 3);
+    matrix(&ATTACH_OLD, &Extent { every: 3, product: true });
 }
 
 #[test]
 fn root_detach_killed_at_every_step() {
-    matrix(&DETACH, 1);
+    matrix(&DETACH, &Extent { every: 1, product: true });
 }
 
 #[test]
 fn root_resize_of_a_detached_volume_killed_at_every_step() {
-    matrix(&RESIZE_DETACHED, 3);
+    matrix(&RESIZE_DETACHED, &Extent { every: 3, product: true });
 }
 
 #[test]
 fn root_online_resize_killed_at_every_step() {
-    matrix(&RESIZE_ATTACHED, 1);
+    matrix(&RESIZE_ATTACHED, &Extent { every: 1, product: true });
 }
 
 /// The other filesystems: some rounds by default, every step in the long run.
@@ -304,6 +312,6 @@ fn root_xfs_and_btrfs_killed_at_some_steps() {
         Case { fs: "btrfs", ..RESIZE_ATTACHED },
     ];
     for case in &cases {
-        matrix(case, 15);
+        matrix(case, &Extent { every: 15, product: false });
     }
 }

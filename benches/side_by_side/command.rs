@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The command with roots of its own.
+/// The command with roots of its own. The run root is on a tmpfs, as `/run` is wherever systemd runs, even where this
+/// machine's own is not.
 pub struct Zerofsctl {
     state: PathBuf,
-    run: PathBuf,
+    run: tempfile::TempDir,
 }
 
 impl Zerofsctl {
-    /// State and run folders below `dir`.
+    /// A state folder below `dir`, and a run folder in memory.
     pub fn new(dir: &Path) -> Zerofsctl {
-        Zerofsctl { state: dir.join("state"), run: dir.join("run") }
+        let run = tempfile::Builder::new().prefix("zc-").tempdir_in("/dev/shm").expect("a tmpfs at /dev/shm");
+        Zerofsctl { state: dir.join("state"), run }
     }
 
     /// A command line, not yet started. It finds ZeroFS where the floor finds it.
@@ -23,7 +25,7 @@ impl Zerofsctl {
         command
             .args(args)
             .env("ZEROFSCTL_STATE_DIR", &self.state)
-            .env("ZEROFSCTL_RUN_DIR", &self.run)
+            .env("ZEROFSCTL_RUN_DIR", self.run.path())
             .env("ZEROFS_BIN", crate::support::zerofs_bin())
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -116,14 +116,14 @@ pub fn head(cells: &[&str]) {
     row(cells.iter().map(|_| "---"));
 }
 
-/// "1.08 (target: at most 1.15)", with a word when the target is missed.
+/// "1.083 (target: at most 1.15)", with a word when the target is missed.
 pub fn against_most(ratio: f64, most: f64) -> String {
     let verdict = if ratio <= most { "" } else { ", **missed**" };
-    format!("{ratio:.2} (target: at most {most:.2}{verdict})")
+    format!("{ratio:.3} (target: at most {most:.2}{verdict})")
 }
 
 /// The same for a value that should be large.
 pub fn against_least(ratio: f64, least: f64) -> String {
     let verdict = if ratio >= least { "" } else { ", **missed**" };
-    format!("{ratio:.2} (target: at least {least:.2}{verdict})")
+    format!("{ratio:.3} (target: at least {least:.2}{verdict})")
 }

@@ -74,11 +74,12 @@ impl LocalCatalog {
         Ok(Some(bytes))
     }
 
-    fn write(&self, lock: &FolderLock, record: &VolumeRecord) -> Result<Tag> {
+    /// The caller holds the lock.
+    fn write(&self, _: &FolderLock, record: &VolumeRecord) -> Result<Tag> {
         let (path, beside) = (self.path(&record.id), self.folder().join("new.json"));
         let text = record.encode(&super::nonce()?)?;
+        // Durable where it is now. That it has gone from where it was may come later: the next writer removes that name.
         atomic_file::replace(&path, &beside, text.as_bytes())
-            .and_then(|()| lock.sync())
             .map_err(|e| store_error("write the catalog record", &path, e).on(&record.id))?;
         Ok(Tag(text))
     }

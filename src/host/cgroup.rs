@@ -176,6 +176,7 @@ mod tests {
         let null = File::options().append(true).open("/dev/null").unwrap();
         let p = crate::keeper::process::Launch {
             program: Path::new("/bin/sleep"),
+            name: None,
             args: vec!["60".into()],
             env: vec![],
             cwd: Path::new("/"),

@@ -14,7 +14,7 @@ use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
     MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, device, loopdev,
-    mounts, nbd, signature, users,
+    mounts, nbd, programs, signature, users,
 };
 use crate::catalog::{
     Catalog, ClaimOptions, ClaimedAs, DataPrefix, Family, Owner, Relation, Release, StorageUrl, Tag,
@@ -118,7 +118,7 @@ pub struct LinuxHost {
     catalog: Box<dyn Catalog>,
     /// The record as we last read or wrote it.
     known: RefCell<Option<(VolumeRecord, Tag)>>,
-    version: RefCell<Option<Version>>,
+    version: RefCell<Asked>,
     /// Whether the password was checked against the record.
     checked: RefCell<bool>,
     progress: Progress,
@@ -127,6 +127,21 @@ pub struct LinuxHost {
     force: bool,
     /// The device was failed by force.
     failed: RefCell<bool>,
+}
+
+/// The version of the zerofs program, which takes a run of that program to learn.
+enum Asked {
+    NotYet,
+    OnItsWay(std::thread::JoinHandle<Result<Version>>),
+    Answered(Version),
+}
+
+impl Asked {
+    fn ask(zerofs: &Path) -> Asked {
+        let zerofs = zerofs.to_owned();
+        let asking = std::thread::Builder::new().name("zerofs-version".into()).stack_size(128 * 1024);
+        asking.spawn(move || version_of(&zerofs)).map_or(Asked::NotYet, Asked::OnItsWay)
+    }
 }
 
 /// What a [`LinuxHost`] is made of.
@@ -155,6 +170,8 @@ impl LinuxHost {
     /// Puts the parts together. Nothing is looked at yet but this machine's identity.
     pub fn new(parts: Parts) -> Result<LinuxHost> {
         let Parts { dirs, storage, settings, password, zerofs, program, node, only_looks, progress } = parts;
+        // Who starts something needs the answer, and there is enough to do until it comes.
+        let version = if only_looks { Asked::NotYet } else { Asked::ask(&zerofs) };
         let owner = owner(&dirs, node, only_looks)?;
         let catalog = crate::catalog::open(&storage.url, &storage.s3)?;
         Ok(LinuxHost {
@@ -167,7 +184,7 @@ impl LinuxHost {
             owner,
             catalog,
             known: RefCell::new(None),
-            version: RefCell::new(None),
+            version: RefCell::new(version),
             checked: RefCell::new(false),
             progress,
             patience: QUICK,
@@ -188,11 +205,14 @@ impl LinuxHost {
 
     /// The version of the zerofs program, asked once.
     pub fn zerofs_version(&self) -> Result<Version> {
-        if let Some(version) = *self.version.borrow() {
-            return Ok(version);
-        }
-        let version = version_of(&self.zerofs)?;
-        *self.version.borrow_mut() = Some(version);
+        let version = match self.version.replace(Asked::NotYet) {
+            Asked::Answered(version) => version,
+            Asked::NotYet => version_of(&self.zerofs)?,
+            Asked::OnItsWay(thread) => {
+                thread.join().unwrap_or_else(|_| Err(Error::failed("the thread that asked zerofs died")))?
+            }
+        };
+        self.version.replace(Asked::Answered(version));
         Ok(version)
     }
 
@@ -313,11 +333,16 @@ impl LinuxHost {
     ) -> Result<Claimed> {
         for _ in 0..8 {
             let Some((mut record, tag)) = self.fetch(volume)? else {
+                // Made as ours at once: there is no moment at which it is there and nobody's.
                 let first = self.first_record(volume, request)?;
-                match self.catalog.create(&first)? {
-                    Written::Done(tag) => *self.known.borrow_mut() = Some((first, tag)),
-                    Written::LostRace => continue,
+                let claim = first.claim(&self.owner, &self.claim_options(&first, request)?)?;
+                *asked = true;
+                if let Written::Done(tag) = self.catalog.create(&claim.record)? {
+                    let claimed = self.claimed(&claim.record, claim.how);
+                    *self.known.borrow_mut() = Some((claim.record, tag));
+                    return Ok(claimed);
                 }
+                *asked = false;
                 continue;
             };
             self.check_version(&record)?;
@@ -595,36 +620,22 @@ impl LinuxHost {
         if table.iter().filter(|m| m.source == source).count() > 1 {
             return Ok(());
         }
-        let begun = Instant::now();
         let mut child = Program::Sync.spawn(&[OsStr::new("--file-system"), target.as_os_str()])?;
-        loop {
-            let elapsed = begun.elapsed();
-            match child.try_wait() {
-                // What could not be written is for the unmount to find out.
-                Ok(Some(_)) | Err(_) => return Ok(()),
-                Ok(None) if elapsed > self.patience => {
-                    let _ = child.kill();
-                    return Err(Error::new(
-                        Kind::Interrupted,
-                        format!(
-                            "what is cached of {} could not be written out within {} s: its storage does not take it",
-                            target.display(),
-                            self.patience.as_secs()
-                        ),
-                    )
-                    .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"));
-                }
-                Ok(None) => {
-                    (self.progress)(
-                        "write out what is cached",
-                        elapsed.as_secs(),
-                        Some(self.patience.as_secs()),
-                    );
-                    std::thread::sleep(
-                        (elapsed / 20).clamp(Duration::from_micros(200), Duration::from_millis(50)),
-                    );
-                }
-            }
+        let ended = programs::wait(&mut child, Some(self.patience), &mut |elapsed| {
+            (self.progress)("write out what is cached", elapsed.as_secs(), Some(self.patience.as_secs()));
+        });
+        match ended {
+            // What could not be written is for the unmount to find out.
+            Ok(Some(_)) | Err(_) => Ok(()),
+            Ok(None) => Err(Error::new(
+                Kind::Interrupted,
+                format!(
+                    "what is cached of {} could not be written out within {} s: its storage does not take it",
+                    target.display(),
+                    self.patience.as_secs()
+                ),
+            )
+            .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force")),
         }
     }
 

@@ -1,8 +1,10 @@
 //! Loop devices with direct I/O on the FUSE file. A device is ours if, and only if, its backing file is the file
-//! in our run folder, as the kernel tells in sysfs.
+//! in our run folder, as the kernel tells in sysfs; or, once the mount that the file is in was detached lazily, so that
+//! the kernel no longer knows a path to it, if it carries the label that [`attach`] gave it.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -24,11 +26,39 @@ pub fn find(file: &Path) -> Result<Option<Device>> {
         let backing = backing.trim_end_matches('\n');
         if Path::new(backing) == file
             || backing.strip_suffix(" (deleted)").is_some_and(|b| Path::new(b) == file)
+            || is_detached(backing, file) && has_label(name, file)
         {
             return device(name).map(Some);
         }
     }
     Ok(None)
+}
+
+/// Whether `backing` is what the kernel says of `file` when its mount is no longer in the tree: its path in that mount.
+fn is_detached(backing: &str, file: &Path) -> bool {
+    file.file_name().is_some_and(|name| Path::new("/").join(name) == Path::new(backing))
+}
+
+/// The bytes that mark a device as that of `file`: a checksum of its path, and as much of its end as there is room for.
+fn label(file: &Path) -> [u8; sys::LO_NAME_SIZE as usize] {
+    let path = file.as_os_str().as_bytes();
+    let mut label = [0; sys::LO_NAME_SIZE as usize];
+    // The last byte stays 0: it is a C string.
+    let (sum, end) = (format!("{:08x} ", crc32c::crc32c(path)), label.len() - 1);
+    let room = end - sum.len();
+    let text = [sum.as_bytes(), &path[path.len().saturating_sub(room)..]].concat();
+    label[..text.len()].copy_from_slice(&text);
+    label
+}
+
+/// Whether `loop3` carries the label of `file`. One that cannot be asked is not ours.
+fn has_label(name: &str, file: &Path) -> bool {
+    let Ok(device) = File::open(Path::new("/dev").join(name)) else { return false };
+    // SAFETY: plain integers and arrays, for which zeros are valid.
+    let mut info: sys::loop_info64 = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a loop_info64 that lives during the call.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), u64::from(sys::LOOP_GET_STATUS64), &raw mut info) };
+    done >= 0 && info.lo_file_name == label(file)
 }
 
 /// What sysfs says of `loop3`.
@@ -67,7 +97,7 @@ pub fn attach(file: &Path, read_only: bool) -> Result<Device> {
             return Err(std::io::Error::last_os_error()).doing("get a free device from", control);
         }
         let path = PathBuf::from(format!("/dev/loop{index}"));
-        match configure(&path, &backing, read_only) {
+        match configure(&path, &backing, label(file), read_only) {
             Ok(()) => return device(&format!("loop{index}")),
             // Somebody else was quicker, or the node of a new device is not there yet.
             Err(e) if retry(&e) && begun.elapsed() < Duration::from_secs(5) => {
@@ -82,13 +112,19 @@ fn retry(e: &std::io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EBUSY | libc::ENOENT | libc::ENXIO | libc::EAGAIN))
 }
 
-fn configure(path: &Path, backing: &File, read_only: bool) -> std::io::Result<()> {
+fn configure(
+    path: &Path,
+    backing: &File,
+    label: [u8; sys::LO_NAME_SIZE as usize],
+    read_only: bool,
+) -> std::io::Result<()> {
     let device = OpenOptions::new().read(true).write(!read_only).open(path)?;
     // SAFETY: plain integers and arrays, for which zeros are valid.
     let mut config: sys::loop_config = unsafe { std::mem::zeroed() };
     config.fd = backing.as_raw_fd() as u32;
     // 512 as everywhere else a volume may be attached: XFS refuses a device with larger sectors than its own.
     config.block_size = 512;
+    config.info.lo_file_name = label;
     config.info.lo_flags =
         sys::LO_FLAGS_DIRECT_IO as u32 | if read_only { sys::LO_FLAGS_READ_ONLY as u32 } else { 0 };
     // SAFETY: the pointer is to a loop_config that lives during the call.
@@ -168,5 +204,24 @@ mod tests {
         let device = attach(&file, true).unwrap();
         assert!(device.read_only);
         detach(&device.path, &file, false).unwrap();
+    }
+
+    #[test]
+    fn root_a_device_is_found_when_the_mount_of_its_file_was_detached_lazily() {
+        use nix::mount::{MntFlags, MsFlags, mount, umount2};
+        assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+        let dir = tempfile::tempdir().unwrap();
+        // Deep enough that the label has no room for all of it.
+        let folder = dir.path().join("volumes".repeat(8)).join("fuse");
+        std::fs::create_dir_all(&folder).unwrap();
+        mount(Some("test"), &folder, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let file = folder.join("disk");
+        File::create(&file).unwrap().set_len(8 << 20).unwrap();
+        let device = attach(&file, false).unwrap();
+        umount2(&folder, MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(find(&file).unwrap(), Some(device.clone()));
+        assert_eq!(find(&dir.path().join("fuse/disk")).unwrap(), None, "of another folder");
+        detach(&device.path, &file, true).unwrap();
+        assert_eq!(find(&file).unwrap(), None);
     }
 }

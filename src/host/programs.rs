@@ -3,13 +3,17 @@
 
 use std::ffi::OsStr;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use crate::error::{Error, Kind, Result};
+use crate::keeper::process::pidfd_open;
 
 /// The programs, with the Debian package that has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +71,7 @@ impl Program {
 
     /// Starts it, and whatever it says is dropped: for a program that may hang in the kernel, where no signal reaches
     /// it, so that nobody can wait for its end.
-    pub fn spawn<S: AsRef<OsStr>>(self, args: &[S]) -> Result<std::process::Child> {
+    pub fn spawn<S: AsRef<OsStr>>(self, args: &[S]) -> Result<Child> {
         let program = self.find()?;
         Command::new(&program)
             .args(args)
@@ -95,24 +99,17 @@ impl Program {
         // Both pipes are emptied while it runs, or it would block on a full one.
         let stdout = collect(child.stdout.take());
         let stderr = collect(child.stderr.take());
-        let status = loop {
-            match child.try_wait() {
-                Ok(Some(status)) => break status,
-                Ok(None) if limit.is_some_and(|l| begun.elapsed() > l) => {
-                    let _ = child.kill();
-                    let _ = child.wait();
-                    return Err(Error::new(
-                        Kind::Interrupted,
-                        format!("{name} did not end within {} s and was killed", begun.elapsed().as_secs()),
-                    )
-                    .hint("look at the device: dmesg | tail"));
-                }
-                // Quick programs are the rule: the pause grows with their age.
-                Ok(None) => std::thread::sleep(
-                    (begun.elapsed() / 20).clamp(Duration::from_micros(200), Duration::from_millis(50)),
-                ),
-                Err(e) => return Err(Error::failed(format!("cannot wait for {name}: {e}"))),
+        let status = match wait(&mut child, limit, &mut |_| {}) {
+            Ok(Some(status)) => status,
+            Ok(None) => {
+                let _ = child.wait();
+                return Err(Error::new(
+                    Kind::Interrupted,
+                    format!("{name} did not end within {} s and was killed", begun.elapsed().as_secs()),
+                )
+                .hint("look at the device: dmesg | tail"));
             }
+            Err(e) => return Err(Error::failed(format!("cannot wait for {name}: {e}"))),
         };
         let text = |thread: Option<std::thread::JoinHandle<String>>| {
             thread.and_then(|t| t.join().ok()).unwrap_or_default()
@@ -124,6 +121,35 @@ impl Program {
             stdout: text(stdout),
             stderr: text(stderr),
         })
+    }
+}
+
+/// Waits for the end of a program, and tells `tick` every 50 ms how long it has waited. After `limit` the program is
+/// sent SIGKILL and the answer is none; it is not waited for any more then, since it may hang in the kernel, out of
+/// the signal's reach.
+pub fn wait(
+    child: &mut Child,
+    limit: Option<Duration>,
+    tick: &mut dyn FnMut(Duration),
+) -> std::io::Result<Option<ExitStatus>> {
+    const TICK: Duration = Duration::from_millis(50);
+    let begun = Instant::now();
+    let ended = pidfd_open(child.id() as i32)?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        let elapsed = begun.elapsed();
+        if limit.is_some_and(|l| elapsed > l) {
+            let _ = child.kill();
+            return Ok(None);
+        }
+        tick(elapsed);
+        let left = limit.map_or(TICK, |l| TICK.min(l.saturating_sub(elapsed)));
+        // Rounded up, so that the last round does not spin.
+        let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+        // Interrupted or not: it is looked at again.
+        let _ = poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], timeout);
     }
 }
 

@@ -957,8 +957,16 @@ impl<T> Guard<T> {
 
     /// Starts a flush when somebody waits for one and none is on its way.
     fn start_flush(&mut self, now: Now, out: &mut Actions<T>) {
-        if self.phase == Phase::Up && self.flush.is_none() && !self.flush_waiters.is_empty() {
-            self.force_flush(now, out);
+        if self.phase != Phase::Up || self.flush.is_some() || self.flush_waiters.is_empty() {
+            return;
+        }
+        if !self.log.is_empty() || self.log.mark() > self.flushed {
+            return self.force_flush(now, out);
+        }
+        // All that was ever acknowledged has been flushed, and nothing is on its way: there is nothing to ask the
+        // server for. mkfs and fsck flush a device several times that they have not written to.
+        for waiter in mem::take(&mut self.flush_waiters) {
+            self.answer_waiter(waiter, out);
         }
     }
 

@@ -48,6 +48,7 @@ use self::supervisor::{Event, Supervisor};
 use self::watchdog::Watch;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::{Cgroup, Limits};
+use crate::host::mounts;
 use crate::values::VolumeId;
 use crate::zerofs::versions::{Profile, Version};
 
@@ -74,6 +75,9 @@ const KEEPER_LOG_LIMIT: u64 = 4 << 20;
 
 /// The program of this process, whatever happened to its file since.
 pub const OWN_EXE: &str = "/proc/self/exe";
+
+/// What a keeper is called in lists of processes, where the name of [`OWN_EXE`] would be `exe`.
+const NAME: &str = "zerofsctl";
 
 /// Everything that a keeper must know; it holds no secret. Stored as `keeper.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -204,6 +208,7 @@ pub fn spawn(program: &Path, config: &KeeperConfig, limit: Duration) -> Result<S
     let (answer, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).doing("make", "a pipe")?;
     let keeper = Launch {
         program,
+        name: Some(NAME),
         args: vec!["keeper".into(), "--volume-run-dir".into(), config.run_dir.clone().into()],
         env: passed_on(),
         cwd: &config.run_dir,
@@ -287,6 +292,8 @@ struct Keeper {
 impl Keeper {
     fn start(run_dir: &Path, hooks: Hooks) -> Result<Keeper> {
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+        // The kernel took the name of the file that was executed.
+        let _ = nix::sys::prctl::set_name(c"zerofsctl");
         let lock = take_lock(run_dir)?;
         Identity::own().write(&run_dir.join(PID_FILE))?;
         let config = KeeperConfig::read(run_dir)?;
@@ -500,12 +507,8 @@ fn signals_to_wait_for() -> SigSet {
 }
 
 /// Whether something is mounted exactly there.
-pub(crate) fn is_mount_point(path: &Path) -> bool {
-    let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return false };
-    let Some(path) = path.to_str() else { return false };
-    let coded =
-        path.replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011").replace('\n', "\\012");
-    table.lines().any(|l| l.split(' ').nth(4) == Some(&coded))
+fn is_mount_point(path: &Path) -> bool {
+    mounts::table("self").is_ok_and(|table| mounts::at(&table, path).is_some())
 }
 
 // --- the keeper's own log -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
 
+use super::log;
 use crate::error::{Doing, Error, Result};
 
 /// The environment variable that marks a ZeroFS process as ours; its value is the volume's run folder.
@@ -94,9 +95,7 @@ fn start_of(pid: i32) -> Option<u64> {
 
 /// The id of the running boot; empty where the kernel does not say.
 pub fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|s| s.trim().to_owned())
-        .unwrap_or_default()
+    log::boot_id().unwrap_or_default()
 }
 
 /// How a process ended.
@@ -214,7 +213,8 @@ impl Process {
     }
 }
 
-fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
+/// A descriptor that becomes readable when the process ends.
+pub(crate) fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
     // SAFETY: plain system call; a non-negative result is a new descriptor that nobody else owns.
     unsafe {
         let fd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid, 0))?;
@@ -230,6 +230,8 @@ fn os_error(what: &str, pid: i32, e: Errno) -> Error {
 pub struct Launch<'a> {
     /// The program.
     pub program: &'a Path,
+    /// What it is called in its command line; its path when none.
+    pub name: Option<&'a str>,
     /// Its arguments.
     pub args: Vec<OsString>,
     /// Its whole environment: nothing else is inherited.
@@ -249,6 +251,9 @@ impl Launch<'_> {
     pub fn start(self) -> Result<Process> {
         let output = || self.output.try_clone().map(Stdio::from);
         let mut command = Command::new(self.program);
+        if let Some(name) = self.name {
+            command.arg0(name);
+        }
         command.args(&self.args).env_clear().envs(self.env.iter().map(|(k, v)| (k, v)));
         command.current_dir(self.cwd).stdin(Stdio::null());
         command.stdout(match self.answer {
@@ -328,10 +333,14 @@ pub fn find_marked(name: &str, value: &OsStr) -> Vec<Identity> {
     let own = std::process::id() as i32;
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    // One buffer for all, and large: the file tells no size, so each would be read in many small pieces.
+    let mut environ = Vec::with_capacity(64 << 10);
     pids.filter(|pid| *pid != own)
         .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/environ"))
-                .is_ok_and(|environ| environ.split(|b| *b == 0).any(|variable| variable == wanted))
+            environ.clear();
+            File::open(format!("/proc/{pid}/environ"))
+                .and_then(|mut file| file.read_to_end(&mut environ))
+                .is_ok_and(|_| environ.split(|b| *b == 0).any(|variable| variable == wanted))
         })
         .filter_map(Identity::of)
         .collect()
@@ -345,6 +354,7 @@ mod tests {
         let null = File::options().append(true).open("/dev/null").unwrap();
         Launch {
             program: Path::new("/bin/sleep"),
+            name: None,
             args: vec!["60".into()],
             env: vec![("ZEROFSCTL_TEST".into(), marker.into())],
             cwd: Path::new("/"),
@@ -403,6 +413,7 @@ mod tests {
         let null = File::options().append(true).open("/dev/null").unwrap();
         let launch = Launch {
             program: Path::new("/nonexistent/zerofs"),
+            name: None,
             args: vec![],
             env: vec![],
             cwd: Path::new("/"),

@@ -544,6 +544,7 @@ impl Supervisor {
         env.push((MARKER.into(), config.run_dir.clone().into()));
         let process = Launch {
             program: &config.zerofs_bin,
+            name: None,
             args: vec!["run".into(), "--config".into(), config.config_path.clone().into()],
             env,
             cwd: &config.run_dir,

@@ -58,9 +58,43 @@ pub fn cases(usual: u32) -> u32 {
     from_env("ZEROFSCTL_CASES").unwrap_or(usual)
 }
 
-/// How many rounds a crash test runs: `ZEROFSCTL_ROUNDS`, which `make test-long` raises, or `usual`.
-pub fn rounds(usual: u32) -> u32 {
-    from_env("ZEROFSCTL_ROUNDS").unwrap_or(usual)
+/// Whether this is the long run: `make test-long` sets `ZEROFSCTL_LONG=1`.
+pub fn is_long() -> bool {
+    from_env("ZEROFSCTL_LONG").is_some_and(|n| n > 0)
+}
+
+/// How many rounds a crash test runs: `usual`, or `long` in the long run. `ZEROFSCTL_ROUNDS` overrides both.
+pub fn rounds(usual: u32, long: u32) -> u32 {
+    from_env("ZEROFSCTL_ROUNDS").unwrap_or(if is_long() { long } else { usual })
+}
+
+/// How many independent cases of one test run at once: one, or in the long run two for each processor, since they
+/// wait most of the time. `ZEROFSCTL_JOBS` overrides both.
+pub fn at_once() -> usize {
+    let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+    from_env("ZEROFSCTL_JOBS").map_or_else(|| if is_long() { 2 * processors() } else { 1 }, |n| n as usize)
+}
+
+/// Hands the items out, in order, to [`at_once`] threads. Each makes itself a place to work with the first function,
+/// and takes items to it, with their number, until none is left. A thread that panics fails the test.
+pub fn side_by_side<T: Sync, P>(
+    items: &[T],
+    place: impl Fn() -> P + Sync,
+    work: impl Fn(&mut P, usize, &T) + Sync,
+) {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..at_once().clamp(1, items.len().max(1)) {
+            scope.spawn(|| {
+                let mut here = place();
+                loop {
+                    let n = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    let Some(item) = items.get(n) else { break };
+                    work(&mut here, n, item);
+                }
+            });
+        }
+    });
 }
 
 fn from_env(name: &str) -> Option<u32> {
