@@ -60,6 +60,7 @@
 #![warn(missing_docs)]
 
 pub mod cli;
+pub mod csi;
 pub mod report;
 
 pub mod ops;

@@ -1,0 +1,3 @@
+//! The CSI driver.
+
+pub mod proto;
