@@ -59,6 +59,18 @@ pub struct VolumeRecord {
     /// Tells a wrong encryption password before ZeroFS is started with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_check: Option<PasswordCheck>,
+    /// What CreateVolume asked for; none for a volume that was made by hand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provision: Option<super::Provision>,
+    /// The node that it is published to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published: Option<super::Published>,
+    /// The size that it is to grow to when a node has it next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted: Option<ByteSize>,
+    /// Settings of its own, over those of the installation; see [`crate::settings::MUTABLE_KEYS`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tuning: BTreeMap<String, String>,
     /// Fields of this format that this version does not know, kept as they are.
     #[serde(flatten)]
     pub extra: BTreeMap<String, Value>,
@@ -250,6 +262,10 @@ impl VolumeRecord {
             owner: None,
             state: State::Ready,
             password_check: None,
+            provision: None,
+            published: None,
+            wanted: None,
+            tuning: BTreeMap::new(),
             extra: BTreeMap::new(),
         }
     }
@@ -414,6 +430,11 @@ impl VolumeRecord {
             return Err(Error::new(Kind::Busy, format!("it is attached by {owner}"))
                 .on(&self.id)
                 .hint(format!("detach it there: {} detach {}", owner.command(), self.id)));
+        }
+        if let Some(published) = &self.published {
+            return Err(Error::new(Kind::Busy, format!("it is published to node {}", published.node))
+                .on(&self.id)
+                .hint("unpublish it there first: delete the pods that use it"));
         }
         Ok(VolumeRecord { state: State::Deleting, ..self.clone() })
     }
