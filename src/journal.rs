@@ -166,7 +166,8 @@ impl Journal {
     /// Begins a run.
     pub(crate) fn begin(&mut self, plan: Plan, facts: Facts) -> Result<()> {
         debug_assert!(self.open_run().is_none(), "settle the open run first");
-        self.taking_back = matches!(plan.operation, Operation::Detach | Operation::Clear);
+        self.taking_back =
+            matches!(plan.operation, Operation::Detach | Operation::Clear | Operation::Unpublish);
         self.append(Record::Begin { v: VERSION, at: jiff::Timestamp::now(), plan, facts })
     }
 
@@ -270,7 +271,7 @@ pub struct Standing {
     pub start: Option<crate::step::Start>,
     /// The claim.
     pub claim: Option<crate::step::Claim>,
-    /// `Mount` and `Link` steps that stand, oldest first.
+    /// `Mount`, `Link` and `Bind` steps that stand, oldest first.
     pub places: Vec<Step>,
     /// The newest facts.
     pub facts: Facts,
@@ -317,7 +318,7 @@ impl Standing {
             }
             Step::Start(step) => self.start = stands.then(|| step.clone()),
             Step::Connect(step) => self.connect = stands.then(|| step.clone()),
-            step @ (Step::Mount(_) | Step::Link(_)) => {
+            step @ (Step::Mount(_) | Step::Link(_) | Step::Bind(_)) => {
                 self.places.retain(|p| place(p) != place(step));
                 if stands {
                     self.places.push(step.clone());
@@ -328,11 +329,12 @@ impl Standing {
     }
 }
 
-/// Where a `Mount` or `Link` puts the volume.
+/// Where a `Mount`, `Link` or `Bind` puts the volume.
 pub fn place(step: &Step) -> Option<&crate::values::TargetPath> {
     match step {
         Step::Mount(m) => Some(&m.target),
         Step::Link(l) => Some(&l.target),
+        Step::Bind(b) => Some(&b.target),
         _ => None,
     }
 }

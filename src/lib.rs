@@ -75,6 +75,7 @@ pub mod keeper;
 pub mod zerofs;
 
 pub mod settings;
+pub mod mount_options;
 pub mod password;
 pub mod quantity;
 pub mod values;

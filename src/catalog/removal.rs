@@ -84,8 +84,9 @@ pub(super) fn s3(catalog: &S3Catalog, id: &VolumeId, stop: &dyn Fn() -> bool) ->
         }
         // Always the first page: what it held before is gone.
         let options = PaginatedListOptions { max_keys: Some(1000), ..Default::default() };
-        let page =
-            catalog.exchange("list", catalog.store().list_paginated(Some(&prefix), options)).map_err(|e| e.on(id))?;
+        let page = catalog
+            .exchange("list", catalog.store().list_paginated(Some(&prefix), options))
+            .map_err(|e| e.on(id))?;
         let paths: Vec<_> = page.result.objects.into_iter().map(|o| o.location).collect();
         if paths.is_empty() {
             return Ok(done);

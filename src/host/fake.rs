@@ -62,6 +62,8 @@ struct World {
     mounts: Vec<MountEntry>,
     links: BTreeMap<PathBuf, PathBuf>,
     folders: BTreeSet<PathBuf>,
+    files: BTreeSet<PathBuf>,
+    group: Option<u32>,
     users: Vec<User>,
     /// Everything that was ever acknowledged.
     acknowledged: Vec<u64>,
@@ -212,6 +214,7 @@ impl FakeHost {
         note(w.mounts.iter().any(|m| m.source != "/dev/other"), "mount");
         note(!w.links.is_empty(), "link");
         note(!w.folders.is_empty(), "folder");
+        note(!w.files.is_empty(), "file");
         left
     }
 }
@@ -239,6 +242,9 @@ impl World {
 }
 
 const DEVICE: &str = "/dev/loop0";
+
+/// What the mount table calls the filesystem of device nodes.
+const NODES: &str = "devtmpfs";
 
 impl Observe for FakeHost {
     fn claim(&self, _: &VolumeId) -> Result<Option<Claimed>> {
@@ -302,6 +308,9 @@ impl Observe for FakeHost {
         if let Some(to) = w.links.get(path) {
             return Ok(TargetView::Other { link: Some(to.clone()) });
         }
+        if w.files.contains(path) {
+            return Ok(TargetView::Other { link: None });
+        }
         Ok(if w.folders.contains(path) { TargetView::EmptyFolder } else { TargetView::Missing })
     }
 
@@ -311,6 +320,20 @@ impl Observe for FakeHost {
 
     fn can_grow_mounted(&self, _: FsType) -> Result<()> {
         Ok(())
+    }
+
+    fn is_node_of(&self, target: &TargetPath, device: &Path) -> Result<bool> {
+        let w = self.world.borrow();
+        let node = w.mounts.iter().any(|m| m.target == target.as_path() && m.source == NODES);
+        Ok(node && w.device.as_ref().is_some_and(|d| d.path == device))
+    }
+
+    fn is_empty_file(&self, target: &TargetPath) -> Result<bool> {
+        Ok(self.world.borrow().files.contains(target.as_path()))
+    }
+
+    fn group_granted(&self, _: &TargetPath, gid: u32) -> Result<bool> {
+        Ok(self.world.borrow().group == Some(gid))
     }
 
     fn filesystem_fills_device(&self, device: &Device, _: FsType, _: &Path) -> Result<bool> {
@@ -487,7 +510,8 @@ impl Host for FakeHost {
     fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
         self.change(|w| {
             assert!(dead || w.users.is_empty(), "a device in use is disconnected");
-            assert!(!w.mounts.iter().any(|m| m.source == DEVICE), "a mounted device is disconnected");
+            let ours = |m: &MountEntry| m.source == DEVICE || m.source == NODES;
+            assert!(!w.mounts.iter().any(ours), "a mounted device is disconnected");
             assert!(!dead || !w.keeper, "a live device is taken down as if it were dead");
             w.device = None;
             Ok(())
@@ -620,6 +644,54 @@ impl Host for FakeHost {
         self.change(|w| {
             assert!(!w.mounts.iter().any(|m| m.target == target.as_path()), "a mount point is removed");
             w.folders.remove(target.as_path());
+            Ok(())
+        })
+    }
+
+    fn make_file(&self, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            w.files.insert(target.as_path().into());
+            Ok(())
+        })
+    }
+
+    fn clear_target(&self, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            assert!(!w.mounts.iter().any(|m| m.target == target.as_path()), "a mount point is removed");
+            w.folders.remove(target.as_path());
+            w.files.remove(target.as_path());
+            Ok(())
+        })
+    }
+
+    fn bind(&self, source: &Path, target: &TargetPath, read_only: bool) -> Result<()> {
+        self.change(|w| {
+            let path = target.as_path();
+            assert!(w.alive(), "bound on a dead device");
+            assert!(!w.mounts.iter().any(|m| m.target == path), "bound over a mount");
+            let mut entry = if source == Path::new(DEVICE) {
+                assert!(w.files.contains(path), "a device is bound on nothing");
+                let (source, fs) = (NODES.into(), NODES.into());
+                MountEntry { target: path.into(), source, fs, read_only }
+            } else {
+                assert!(w.folders.contains(path), "bound on nothing");
+                let staged = w.mounts.iter().find(|m| m.target == source && m.source == DEVICE);
+                staged.expect("what is bound is not mounted").clone()
+            };
+            entry.target = path.into();
+            entry.read_only |= read_only;
+            w.mounts.push(entry);
+            Ok(())
+        })
+    }
+
+    fn grant_group(&self, target: &TargetPath, gid: u32) -> Result<()> {
+        self.change(|w| {
+            assert!(
+                w.mounts.iter().any(|m| m.target == target.as_path()),
+                "granted where nothing is mounted"
+            );
+            w.group = Some(gid);
             Ok(())
         })
     }

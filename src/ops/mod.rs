@@ -17,11 +17,13 @@ use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 pub mod attach;
 pub mod detach;
 pub mod fsck;
+pub mod publish;
 pub mod recover;
 pub mod resize;
 
 pub use attach::AttachSpec;
 pub use detach::Scope;
+pub use publish::PublishSpec;
 
 /// Opens the journal of a volume that is to be changed.
 ///
