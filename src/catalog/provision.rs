@@ -50,7 +50,10 @@ impl VolumeRecord {
     /// [`Kind::Refused`] when another node has it, [`Kind::Conflict`] when it is published to this one in another way.
     pub fn publish(&self, wanted: &Published) -> Result<Option<VolumeRecord>> {
         match &self.published {
-            None => Ok(Some(VolumeRecord { published: Some(wanted.clone()), ..self.clone() })),
+            None => {
+                let lost = self.lost.clone().filter(|node| *node != wanted.node);
+                Ok(Some(VolumeRecord { published: Some(wanted.clone()), lost, ..self.clone() }))
+            }
             Some(has) if has.node != wanted.node => {
                 Err(Error::refused(format!("it is published to node {}", has.node)).on(&self.id).hint(format!(
                     "a volume is on one node at a time: delete the pods that use it on {}, or its VolumeAttachment",
@@ -81,7 +84,20 @@ impl VolumeRecord {
     /// What is published to another node stays so: a late call must not take a volume from its next node.
     pub fn unpublish(&self, node: &str) -> Option<VolumeRecord> {
         let has = self.published.as_ref()?;
-        (node.is_empty() || has.node == node).then(|| VolumeRecord { published: None, ..self.clone() })
+        if !node.is_empty() && has.node != node {
+            return None;
+        }
+        // An orchestrator does this only after the unstage, or when the node is gone for good.
+        let lost = self.owner.as_ref().map(|o| o.node.clone()).filter(|owner| *owner == has.node);
+        Some(VolumeRecord { published: None, lost, ..self.clone() })
+    }
+
+    /// Whether `node` may take it from its owner: the orchestrator has taken it away there, and given it to `node`.
+    pub fn may_be_taken_over_by(&self, node: &str) -> bool {
+        let owner = self.owner.as_ref().map(|o| &o.node);
+        owner.is_some()
+            && owner == self.lost.as_ref()
+            && self.published.as_ref().is_some_and(|p| p.node == node)
     }
 }
 
@@ -120,6 +136,28 @@ mod tests {
         assert_eq!(b.unpublish("b").unwrap().published, None);
         assert_eq!(b.unpublish("").unwrap().published, None);
         assert_eq!(record().unpublish("a"), None);
+    }
+
+    #[test]
+    fn a_volume_of_a_lost_node_may_be_taken_over_once_it_is_published_elsewhere() {
+        let mut r = record().publish(&to("a")).unwrap().unwrap();
+        r.owner = Some(crate::catalog::Owner {
+            node: "a".into(),
+            machine_id: String::new(),
+            boot_id: String::new(),
+            instance: String::new(),
+            state_dir: "/s".into(),
+            run_dir: "/r".into(),
+            since: Timestamp::UNIX_EPOCH,
+        });
+        assert!(!r.may_be_taken_over_by("b"), "a still has it");
+        let r = r.unpublish("a").unwrap();
+        assert!(!r.may_be_taken_over_by("b"), "b was not given it");
+        let b = r.publish(&to("b")).unwrap().unwrap();
+        assert!(b.may_be_taken_over_by("b") && !b.may_be_taken_over_by("c"));
+        // Published back to where it still is: nothing is lost.
+        let a = r.publish(&to("a")).unwrap().unwrap();
+        assert!(!a.may_be_taken_over_by("a"));
     }
 
     #[test]

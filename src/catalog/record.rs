@@ -65,6 +65,9 @@ pub struct VolumeRecord {
     /// The node that it is published to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub published: Option<super::Published>,
+    /// The node that the orchestrator took it from while that node still had it attached: it may be taken over there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
     /// The size that it is to grow to when a node has it next.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wanted: Option<ByteSize>,
@@ -264,6 +267,7 @@ impl VolumeRecord {
             password_check: None,
             provision: None,
             published: None,
+            lost: None,
             wanted: None,
             tuning: BTreeMap::new(),
             extra: BTreeMap::new(),
@@ -507,6 +511,8 @@ impl VolumeRecord {
         if texts
             .chain(&record.cluster)
             .chain(&record.zerofs_version)
+            .chain(&record.lost)
+            .chain(record.published.iter().flat_map(|p| [&p.node, &p.mode]))
             .any(|t| t.len() > 1024 || t.chars().any(char::is_control))
         {
             return Err(damaged("a name in it is too long or has control characters".to_owned()));

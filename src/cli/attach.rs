@@ -73,14 +73,20 @@ pub(super) fn time(flag: &str, text: &str) -> Result<Duration> {
     })
 }
 
+/// Parses `--transport`.
+pub(super) fn transport(text: &str) -> Result<Transport> {
+    let transport: Transport = text.parse()?;
+    if transport == Transport::Nbd {
+        return Err(Error::environment("the nbd transport comes with a later release")
+            .hint("use --transport auto or fuse"));
+    }
+    Ok(transport)
+}
+
 impl AttachArgs {
     /// Checks every value. The storage URL comes from the context.
     pub(super) fn spec(&self, context: &Context, storage_url: String) -> Result<AttachSpec> {
-        let transport: Transport = self.transport.parse()?;
-        if transport == Transport::Nbd {
-            return Err(Error::environment("the nbd transport comes with a later release")
-                .hint("use --transport auto or fuse"));
-        }
+        let transport = transport(&self.transport)?;
         if self.runtime != "process" {
             return Err(Error::usage(format!("unknown runtime {:?}", self.runtime))
                 .hint("choose process: ZeroFS runs as a process on this node"));
@@ -166,7 +172,7 @@ fn require_parent(spec: &AttachSpec) -> Result<()> {
 }
 
 /// The one kernel feature that the fuse transport cannot do without.
-fn require_fuse() -> Result<()> {
+pub(super) fn require_fuse() -> Result<()> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     // As the kernel assigns it for good: misc, 229. Some containers have an empty file of that name.
     let number = nix::sys::stat::makedev(10, 229);

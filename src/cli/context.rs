@@ -265,7 +265,7 @@ impl Context {
             password,
             zerofs,
             program: crate::keeper::OWN_EXE.into(),
-            node: node_name(),
+            node: self.global.node.clone().unwrap_or_else(node_name),
             only_looks: purpose == Purpose::Settle,
             progress: self.progress.long(),
         })
@@ -362,7 +362,7 @@ fn installed(tools: &Path) -> Vec<PathBuf> {
 }
 
 /// NODE_ID, as existing installations set it, or the host name.
-fn node_name() -> String {
+pub(super) fn node_name() -> String {
     std::env::var("NODE_ID").ok().filter(|n| !n.is_empty()).unwrap_or_else(|| {
         nix::unistd::gethostname()
             .ok()
