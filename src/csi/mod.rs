@@ -255,20 +255,24 @@ impl Driver {
         let milliseconds = took.as_millis() as u64;
         match result {
             Ok(answer) => {
-                tracing::info!(volume, rpc = rpc.name(), request, milliseconds, "done");
+                tracing::info!(%volume, rpc = rpc.name(), request, milliseconds, "done");
                 Ok(tonic::Response::new(answer))
             }
             Err(refusal) => {
                 self.metrics.failed(rpc, metrics::TOTAL);
                 let status = refusal.status();
+                let error = refusal.error();
+                let (step, hint) = (error.step().unwrap_or_default(), error.hint_text().unwrap_or_default());
                 tracing::warn!(
-                    volume,
+                    %volume,
                     rpc = rpc.name(),
                     request,
                     milliseconds,
                     code = ?status.code(),
+                    step,
+                    hint,
                     "failed: {}",
-                    status.message()
+                    error.message()
                 );
                 Err(status)
             }

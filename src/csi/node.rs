@@ -16,7 +16,7 @@ use super::{Driver, Job, Need, Refusal, Rpc, condition};
 use crate::catalog::{DataPrefix, Family, State, VolumeRecord};
 use crate::error::{Error, Kind, Result as OurResult};
 use crate::host::StopOptions;
-use crate::journal::{Journal, Standing, place};
+use crate::journal::{Journal, Standing, place, volume_folder};
 use crate::ops::{self, AttachSpec, PublishSpec, Scope};
 use crate::step::Step;
 use crate::values::{ByteSize, TargetPath, VolumeId};
@@ -92,11 +92,17 @@ impl Driver {
         self.with_engine(job, Need::Start, |engine, host| {
             let run_dir = &self.config.run_dir;
             let spec = spec(host.store().unwrap_or_default());
+            // Grown by the controller while no node had it: before it is mounted, where it could not be later.
+            let later = record.filesystem.is_none_or(|fs| host.can_grow_mounted(fs).is_ok());
+            if !later && !spec.read_only && record.size() > record.capacity && elsewhere.connect.is_none() {
+                let place = TargetPath::new(&volume_folder(run_dir, volume).join("grow"), run_dir)?;
+                let own = AttachSpec { target: place, ..spec.clone() };
+                ops::resize::resize(engine, run_dir, &own, record.size())?;
+            }
             let run = ops::attach::attach(engine, run_dir, &spec)?;
             for note in &run.facts.notes {
                 tracing::info!(%volume, request = job.request, "{note}");
             }
-            // Grown by the controller while no node had it.
             let has = run.facts.device.as_ref().map_or(ByteSize(0), |d| d.size);
             if !spec.read_only && record.size() > has && has.bytes() > 0 {
                 ops::resize::resize(engine, run_dir, &spec, record.size())?;
