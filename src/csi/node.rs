@@ -296,6 +296,16 @@ impl Driver {
         if req.volume_path.is_empty() {
             return Err(missing("volume_path").into());
         }
+        if !req.volume_path.starts_with('/') {
+            // No volume is ever at such a place.
+            return Err(Error::new(
+                Kind::NotFound,
+                "volume_path is not an absolute path, so it is not there",
+            )
+            .on(&volume)
+            .hint("give it from the root on")
+            .into());
+        }
         let at = request::path("volume_path", &req.volume_path)?;
         let stats = condition::stats(&self.config.run_dir, &volume, &at)?;
         Ok(NodeGetVolumeStatsResponse { usage: stats.usage, volume_condition: Some(stats.condition) })
