@@ -131,6 +131,7 @@ impl Driver {
         let size = request::new_size(req.capacity_range.as_ref(), least)?;
         let mut wanted = VolumeRecord::new(id.clone(), size, fs, jiff::Timestamp::now());
         wanted.provision = Some(Provision {
+            name: (req.name != id.as_str()).then(|| req.name.clone()),
             block,
             delete_data: parameters.delete_data,
             config_map: parameters.config_map,
@@ -578,8 +579,7 @@ pub(super) use print_of;
 impl Controller for ControllerService {
     async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<CreateVolumeResponse> {
         let req = request.into_inner();
-        let id: OurResult<VolumeId> =
-            if req.name.is_empty() { Err(missing("name")) } else { req.name.parse() };
+        let id: OurResult<VolumeId> = request::volume_of_name(&req.name);
         let print = print_of!(req);
         self.0.call(Rpc::CreateVolume, id, print, move |driver, job| driver.create(&req, &job.volume)).await
     }

@@ -23,6 +23,27 @@ pub fn volume(id: &str) -> Result<VolumeId> {
     if id.is_empty() { Err(missing("volume_id")) } else { id.parse() }
 }
 
+/// The id of the volume with this name: the name itself where it can be one, as every name that Kubernetes gives; else
+/// its plain characters and a hash of it. The record keeps such a name, so that two that meet in one id are told apart.
+pub fn volume_of_name(name: &str) -> Result<VolumeId> {
+    if name.is_empty() {
+        return Err(missing("name"));
+    }
+    if name.len() > VolumeId::MAX || name.contains("..") || name.chars().any(|c| c.is_control() || c == '/') {
+        // Says what is wrong with it.
+        return name.parse().and_then(|_: VolumeId| Err(Error::usage("the name cannot be used")));
+    }
+    name.parse().or_else(|_| {
+        let plain: String =
+            name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
+        // FNV-1a, which is the same everywhere and for ever.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("v-{}-{hash:016x}", plain.trim_matches('-')).parse()
+    })
+}
+
 /// An absolute path.
 pub fn path(field: &str, text: &str) -> Result<TargetPath> {
     if text.is_empty() {
@@ -384,6 +405,18 @@ mod tests {
             ..Default::default()
         };
         assert!(capability(Some(&with(1, AccessType::Mount(m)))).is_err());
+    }
+
+    #[test]
+    fn every_name_has_one_id() {
+        assert_eq!(volume_of_name("pvc-1").unwrap().as_str(), "pvc-1");
+        let plus = volume_of_name("vol+1").unwrap();
+        assert!(plus.as_str().starts_with("v-vol1-"), "{plus}");
+        assert_ne!(plus, volume_of_name("vol*1").unwrap());
+        assert!(volume_of_name(&"ä".repeat(64)).is_ok());
+        for bad in ["", "../x", "a/b", "a\nb", &"x".repeat(129)] {
+            assert!(volume_of_name(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]
