@@ -19,6 +19,11 @@ use crate::step::Step;
 use crate::step::{Direction, Facts};
 use crate::values::VolumeId;
 
+mod compact;
+
+/// Where a shortened journal is written, beside the journal itself.
+const SHORTENED: &str = "journal.new";
+
 /// The version that we write.
 pub const VERSION: u32 = 1;
 
@@ -172,7 +177,11 @@ impl Journal {
     /// Begins a run.
     pub(crate) fn begin(&mut self, plan: Plan, facts: Facts) -> Result<()> {
         debug_assert!(self.open_run().is_none(), "settle the open run first");
-        self.taking_back = matches!(plan.operation, Operation::Detach | Operation::Clear);
+        if let Err(e) = self.shorten() {
+            tracing::warn!("the journal stays long: {e}");
+        }
+        self.taking_back =
+            matches!(plan.operation, Operation::Detach | Operation::Clear | Operation::Unpublish);
         self.append(Record::Begin { v: VERSION, at: jiff::Timestamp::now(), plan, facts })
     }
 
@@ -251,6 +260,8 @@ impl Journal {
         if self.open_run().is_some() || self.standing().claimed {
             return Ok(());
         }
+        // One that a killed process had not yet put in its place.
+        let _ = std::fs::remove_file(self.path.with_file_name(SHORTENED));
         std::fs::remove_file(&self.path).doing("remove the journal", &self.path)?;
         if let Some(folder) = self.path.parent() {
             match std::fs::remove_dir(folder) {
@@ -276,7 +287,7 @@ pub struct Standing {
     pub start: Option<crate::step::Start>,
     /// The claim.
     pub claim: Option<crate::step::Claim>,
-    /// `Mount` and `Link` steps that stand, oldest first.
+    /// `Mount`, `Link` and `Bind` steps that stand, oldest first.
     pub places: Vec<Step>,
     /// The newest facts.
     pub facts: Facts,
@@ -323,10 +334,13 @@ impl Standing {
             }
             Step::Start(step) => self.start = stands.then(|| step.clone()),
             Step::Connect(step) => self.connect = stands.then(|| step.clone()),
-            step @ (Step::Mount(_) | Step::Link(_)) => {
-                self.places.retain(|p| place(p) != place(step));
-                if stands {
-                    self.places.push(step.clone());
+            step @ (Step::Mount(_) | Step::Link(_) | Step::Bind(_)) => {
+                // What is taken again keeps its turn: a bind must come after the mount that it shows.
+                match (self.places.iter().position(|p| place(p) == place(step)), stands) {
+                    (Some(at), true) => self.places[at] = step.clone(),
+                    (Some(at), false) => drop(self.places.remove(at)),
+                    (None, true) => self.places.push(step.clone()),
+                    (None, false) => {}
                 }
             }
             _ => {}
@@ -334,11 +348,12 @@ impl Standing {
     }
 }
 
-/// Where a `Mount` or `Link` puts the volume.
+/// Where a `Mount`, `Link` or `Bind` puts the volume.
 pub fn place(step: &Step) -> Option<&crate::values::TargetPath> {
     match step {
         Step::Mount(m) => Some(&m.target),
         Step::Link(l) => Some(&l.target),
+        Step::Bind(b) => Some(&b.target),
         _ => None,
     }
 }

@@ -60,6 +60,7 @@
 #![warn(missing_docs)]
 
 pub mod cli;
+pub mod csi;
 pub mod report;
 
 pub mod watch;
@@ -75,6 +76,7 @@ pub mod keeper;
 pub mod zerofs;
 
 pub mod settings;
+pub mod mount_options;
 pub mod password;
 pub mod quantity;
 pub mod values;

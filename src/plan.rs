@@ -22,6 +22,10 @@ pub enum Operation {
     Fsck,
     /// Take down the device that a dead keeper left.
     Clear,
+    /// Let what is staged appear at one more place.
+    Publish,
+    /// Take it away from there.
+    Unpublish,
 }
 
 impl Operation {
@@ -33,6 +37,8 @@ impl Operation {
             Operation::Resize | Operation::ResizeDetached => "resize",
             Operation::Fsck => "fsck",
             Operation::Clear => "clear",
+            Operation::Publish => "publish",
+            Operation::Unpublish => "unpublish",
         }
     }
 
@@ -40,7 +46,7 @@ impl Operation {
     /// things down is always finished: half a detach is of no use to anybody. A resize is too: a disk
     /// that has grown never shrinks again.
     pub const fn settles_forward(self) -> bool {
-        matches!(self, Operation::Detach | Operation::Resize | Operation::Clear)
+        matches!(self, Operation::Detach | Operation::Resize | Operation::Clear | Operation::Unpublish)
     }
 }
 

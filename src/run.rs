@@ -107,6 +107,24 @@ impl Engine<'_> {
         Ok(what)
     }
 
+    /// The report of a plan that has nothing left to do; none when there is something. Writes no journal: for what is
+    /// asked again and again.
+    pub fn all_settled(&self, plan: &Plan, facts: &mut Facts) -> Result<Option<RunReport>> {
+        let mut tasks = Vec::with_capacity(plan.tasks.len());
+        for task in &plan.tasks {
+            let begun = Instant::now();
+            let settled = task.step.is_settled(task.direction, &plan.volume, facts, self.host);
+            if !settled.map_err(|e| e.on(&plan.volume).in_step(task.name()))? {
+                return Ok(None);
+            }
+            let elapsed = begun.elapsed();
+            self.observer.settled(plan, task, Outcome::Already, elapsed);
+            let what = task.step.describe(task.direction);
+            tasks.push(TaskReport { step: task.name(), outcome: Outcome::Already, elapsed, what });
+        }
+        Ok(Some(RunReport { tasks, facts: facts.clone() }))
+    }
+
     /// Takes the open run to its end, from wherever it is.
     fn forward(&self, journal: &mut Journal) -> Result<RunReport> {
         let (plan, mut facts) = match journal.open_run() {
@@ -217,6 +235,7 @@ impl Engine<'_> {
         let stands = match &run.plan.tasks[index].step {
             Step::Mount(m) => matches!(self.host.target(&m.target), Ok(TargetView::MountPoint(_))),
             Step::Link(l) => matches!(self.host.target(&l.target), Ok(TargetView::Other { link: Some(_) })),
+            Step::Bind(b) => matches!(self.host.target(&b.target), Ok(TargetView::MountPoint(_))),
             // Of anything else, a part may be gone.
             _ => false,
         };

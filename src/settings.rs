@@ -33,6 +33,10 @@ use crate::error::{Doing, Error, Kind, Result};
 use crate::password::{self, Secret};
 use crate::quantity::Quantity;
 
+mod tuned;
+
+pub use tuned::{MUTABLE_KEYS, check_object_name, check_tuning};
+
 /// No settings file is larger; nor is what its aliases expand to, four times over.
 const MAX_BYTES: usize = 1 << 20;
 
@@ -452,30 +456,8 @@ impl Documents {
                 .wrong("awsEndpoint", "is http://, but awsAllowHTTP is not \"true\"")
                 .hint("use https://, or set awsAllowHTTP: \"true\""));
         }
-        let quantity = |key| c.parse(key, |text| text.parse::<Quantity>());
-        let resources = ResourceSettings {
-            cpu_request: quantity("cpuRequest")?,
-            cpu_limit: quantity("cpuLimit")?,
-            memory_request: quantity("memoryRequest")?,
-            memory_limit: quantity("memoryLimit")?,
-        };
-        for (request, limit, key) in [
-            (&resources.cpu_request, &resources.cpu_limit, "cpuLimit"),
-            (&resources.memory_request, &resources.memory_limit, "memoryLimit"),
-        ] {
-            if let (Some(request), Some(limit)) = (request, limit)
-                && request > limit
-            {
-                return Err(c
-                    .wrong(key, &format!("is {limit}, less than what is requested ({request})"))
-                    .hint("raise the limit or lower the request"));
-            }
-        }
-        for (limit, key) in [(&resources.cpu_limit, "cpuLimit"), (&resources.memory_limit, "memoryLimit")] {
-            if limit.as_ref().is_some_and(|limit| limit.nanos() == 0) {
-                return Err(c.wrong(key, "is zero").hint(format!("leave {key} out for no limit")));
-            }
-        }
+        let resources = c.resources()?;
+        c.check_resources(&resources)?;
         let settings = Settings {
             encryption_password,
             s3: S3Settings {
@@ -682,6 +664,37 @@ impl Config<'_> {
                     .hint(format!("write {key}: \"1.5\", in units of 1,000,000,000 bytes"))),
             }
         })
+    }
+
+    fn resources(&self) -> Result<ResourceSettings> {
+        let quantity = |key| self.parse(key, |text| text.parse::<Quantity>());
+        Ok(ResourceSettings {
+            cpu_request: quantity("cpuRequest")?,
+            cpu_limit: quantity("cpuLimit")?,
+            memory_request: quantity("memoryRequest")?,
+            memory_limit: quantity("memoryLimit")?,
+        })
+    }
+
+    fn check_resources(&self, resources: &ResourceSettings) -> Result<()> {
+        for (request, limit, key) in [
+            (&resources.cpu_request, &resources.cpu_limit, "cpuLimit"),
+            (&resources.memory_request, &resources.memory_limit, "memoryLimit"),
+        ] {
+            if let (Some(request), Some(limit)) = (request, limit)
+                && request > limit
+            {
+                return Err(self
+                    .wrong(key, &format!("is {limit}, less than what is requested ({request})"))
+                    .hint("raise the limit or lower the request"));
+            }
+        }
+        for (limit, key) in [(&resources.cpu_limit, "cpuLimit"), (&resources.memory_limit, "memoryLimit")] {
+            if limit.as_ref().is_some_and(|limit| limit.nanos() == 0) {
+                return Err(self.wrong(key, "is zero").hint(format!("leave {key} out for no limit")));
+            }
+        }
+        Ok(())
     }
 
     fn object_name(&self, key: &str) -> Result<Option<String>> {

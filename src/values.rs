@@ -99,6 +99,24 @@ impl ByteSize {
     pub const fn bytes(self) -> u64 {
         self.0
     }
+
+    /// The largest volume: one pebibyte.
+    pub const LARGEST: ByteSize = ByteSize(1 << 50);
+
+    /// Whether a volume may have this size: a whole number of 4 KiB blocks, not zero, at most [`Self::LARGEST`].
+    pub fn check_volume(self) -> Result<()> {
+        if self.0 == 0 {
+            return Err(Error::usage("the size is zero").hint("give at least 16Mi"));
+        }
+        if !self.0.is_multiple_of(4096) {
+            return Err(Error::usage(format!("{} bytes are not a whole number of 4 KiB blocks", self.0))
+                .hint(format!("give {}", self.0.next_multiple_of(4096))));
+        }
+        if self > Self::LARGEST {
+            return Err(Error::usage(format!("{self} is larger than 1Pi")).hint("give a smaller size"));
+        }
+        Ok(())
+    }
 }
 
 impl FromStr for ByteSize {
@@ -408,6 +426,14 @@ mod tests {
             "+1",
         ] {
             assert!(bad.parse::<ByteSize>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn volumes_have_whole_blocks() {
+        assert!(ByteSize(ByteSize::GIB).check_volume().is_ok());
+        for bad in [0, 1, 4095, 1_000_000_001, (1 << 50) + 4096] {
+            assert!(ByteSize(bad).check_volume().is_err(), "{bad}");
         }
     }
 

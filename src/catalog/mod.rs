@@ -6,8 +6,11 @@
 //!
 //! [`open`] picks the store; both kinds pass one contract test (`tests/catalog.rs`).
 
+mod lazy;
 mod local;
+mod provision;
 mod record;
+mod removal;
 mod s3;
 mod url;
 
@@ -17,7 +20,9 @@ use crate::error::{Error, Result};
 use crate::settings::S3Settings;
 use crate::values::VolumeId;
 
+pub use lazy::LazyCatalog;
 pub use local::LocalCatalog;
+pub use provision::{Provision, Published};
 pub use record::{
     Claim, ClaimOptions, ClaimedAs, Content, FORMAT, Owner, Relation, Release, State, VolumeRecord,
 };
@@ -116,6 +121,12 @@ pub trait Catalog: Send + Sync {
 
     /// What lies under the volume's prefix: for adoption, and to refuse another family before ZeroFS starts.
     fn data_prefix(&self, id: &VolumeId) -> Result<DataPrefix>;
+
+    /// Deletes everything below the volume's prefix; how many objects that were. Asked between objects, `stop` ends it
+    /// with [`Interrupted`](crate::error::Kind::Interrupted).
+    ///
+    /// Only while the record is in the state `deleting`. An error leaves the rest; another call goes on from there.
+    fn delete_data(&self, id: &VolumeId, stop: &dyn Fn() -> bool) -> Result<u64>;
 }
 
 /// Judges the names directly under a volume's prefix; folders end with a slash. ZeroFS marks win over strange

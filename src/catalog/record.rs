@@ -59,6 +59,21 @@ pub struct VolumeRecord {
     /// Tells a wrong encryption password before ZeroFS is started with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_check: Option<PasswordCheck>,
+    /// What CreateVolume asked for; none for a volume that was made by hand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provision: Option<super::Provision>,
+    /// The node that it is published to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published: Option<super::Published>,
+    /// The node that the orchestrator took it from while that node still had it attached: it may be taken over there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
+    /// The size that it is to grow to when a node has it next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted: Option<ByteSize>,
+    /// Settings of its own, over those of the installation; see [`crate::settings::MUTABLE_KEYS`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tuning: BTreeMap<String, String>,
     /// Fields of this format that this version does not know, kept as they are.
     #[serde(flatten)]
     pub extra: BTreeMap<String, Value>,
@@ -225,6 +240,10 @@ pub struct Claim {
 
 /// What a release comes to.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one of them at a time, and it is taken apart at once"
+)]
 pub enum Release {
     /// The record to write.
     Done(VolumeRecord),
@@ -250,6 +269,11 @@ impl VolumeRecord {
             owner: None,
             state: State::Ready,
             password_check: None,
+            provision: None,
+            published: None,
+            lost: None,
+            wanted: None,
+            tuning: BTreeMap::new(),
             extra: BTreeMap::new(),
         }
     }
@@ -415,6 +439,11 @@ impl VolumeRecord {
                 .on(&self.id)
                 .hint(format!("detach it there: {} detach {}", owner.command(), self.id)));
         }
+        if let Some(published) = &self.published {
+            return Err(Error::new(Kind::Busy, format!("it is published to node {}", published.node))
+                .on(&self.id)
+                .hint("unpublish it there first: delete the pods that use it"));
+        }
         Ok(VolumeRecord { state: State::Deleting, ..self.clone() })
     }
 
@@ -486,6 +515,8 @@ impl VolumeRecord {
         if texts
             .chain(&record.cluster)
             .chain(&record.zerofs_version)
+            .chain(&record.lost)
+            .chain(record.published.iter().flat_map(|p| [&p.node, &p.mode]))
             .any(|t| t.len() > 1024 || t.chars().any(char::is_control))
         {
             return Err(damaged("a name in it is too long or has control characters".to_owned()));

@@ -117,7 +117,27 @@ impl S3Catalog {
         Ok(S3Catalog { url, bucket, prefix, endpoint, has_keys, store, runtime })
     }
 
-    fn full_key(&self, below: &str) -> String {
+    pub(super) fn store(&self) -> &AmazonS3 {
+        &self.store
+    }
+
+    /// One exchange whose only good outcome is success.
+    pub(super) fn exchange<T>(
+        &self,
+        what: &str,
+        work: impl Future<Output = object_store::Result<T>>,
+    ) -> Result<T> {
+        match self.run(what, work)? {
+            Answer::Ok(value) => Ok(value),
+            Answer::NoSuchKey | Answer::NotAsExpected => Err(Error::failed(format!(
+                "cannot {what} in bucket {}: the server's answer makes no sense",
+                self.bucket
+            ))
+            .hint("check that awsEndpoint is an S3 server")),
+        }
+    }
+
+    pub(super) fn full_key(&self, below: &str) -> String {
         if self.prefix.is_empty() { below.to_owned() } else { format!("{}/{below}", self.prefix) }
     }
 
@@ -293,26 +313,18 @@ impl S3Catalog {
             page_token: token,
             ..Default::default()
         };
-        match self.run("list", self.store.list_paginated(Some(prefix), options))? {
-            Answer::Ok(page) => {
-                let result = page.result;
-                let files = result.objects.into_iter().map(|o| o.location.to_string());
-                let folders = result.common_prefixes.into_iter().map(|p| format!("{p}/"));
-                let names = files
-                    .chain(folders)
-                    .filter_map(|key| key.strip_prefix(prefix).map(str::to_owned))
-                    // A console may have made an empty object for the folder itself.
-                    .filter(|name| !name.is_empty())
-                    .collect();
-                Ok((names, page.page_token))
-            }
-            // A listing of nothing is empty, not 404.
-            Answer::NoSuchKey | Answer::NotAsExpected => Err(Error::failed(format!(
-                "cannot list in bucket {}: the server's answer makes no sense",
-                self.bucket
-            ))
-            .hint("check that awsEndpoint is an S3 server")),
-        }
+        // A listing of nothing is empty, not 404.
+        let page = self.exchange("list", self.store.list_paginated(Some(prefix), options))?;
+        let result = page.result;
+        let files = result.objects.into_iter().map(|o| o.location.to_string());
+        let folders = result.common_prefixes.into_iter().map(|p| format!("{p}/"));
+        let names = files
+            .chain(folders)
+            .filter_map(|key| key.strip_prefix(prefix).map(str::to_owned))
+            // A console may have made an empty object for the folder itself.
+            .filter(|name| !name.is_empty())
+            .collect();
+        Ok((names, page.page_token))
     }
 }
 
@@ -379,6 +391,10 @@ impl Catalog for S3Catalog {
             found @ DataPrefix::ZeroFs(_) => Ok(found),
             _ => Ok(DataPrefix::Foreign("more than 20,000 objects".to_owned())),
         }
+    }
+
+    fn delete_data(&self, id: &VolumeId, stop: &dyn Fn() -> bool) -> Result<u64> {
+        super::removal::s3(self, id, stop)
     }
 }
 

@@ -4,9 +4,10 @@ use std::time::Duration;
 use clap::Args;
 
 use super::context::Purpose;
+use super::device::DeviceArgs;
 use super::{Context, StorageArgs};
 use crate::error::{Error, Result};
-use crate::host::{IoPath, KeeperOptions, StopOptions, Transport};
+use crate::host::{KeeperOptions, StopOptions};
 use crate::ops::{self, AttachSpec};
 use crate::report::{Report, operation};
 use crate::values::{ByteSize, TargetPath};
@@ -42,15 +43,8 @@ pub struct AttachArgs {
     /// Link the raw block device at the target, and mount nothing
     #[arg(long)]
     block: bool,
-    /// How the block device is made: nbd (by the kernel), fuse, or auto, which takes nbd where it works
-    #[arg(long, value_name = "KIND", default_value = "auto")]
-    transport: String,
-    /// For nbd: guarded (a crash of ZeroFS is only a pause) or direct (it fails the device)
-    #[arg(long, value_name = "KIND", default_value = "guarded")]
-    path: String,
-    /// For nbd: how long the kernel holds I/O while no keeper serves the device
-    #[arg(long, value_name = "TIME", default_value = "10m")]
-    reconnect_timeout: String,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Where ZeroFS runs: process
     #[arg(long, value_name = "KIND", default_value = "process")]
     runtime: String,
@@ -78,72 +72,17 @@ pub(super) fn time(flag: &str, text: &str) -> Result<Duration> {
     })
 }
 
-/// Options that would make it another kind of mount, or reach outside the target.
-const REFUSED_OPTIONS: [&str; 11] = [
-    "bind",
-    "rbind",
-    "move",
-    "remount",
-    "loop",
-    "offset",
-    "sizelimit",
-    "encryption",
-    "user",
-    "users",
-    "owner",
-];
-
-fn mount_options(given: &[String]) -> Result<Vec<String>> {
-    let mut options = Vec::new();
-    for option in given.iter().flat_map(|o| o.split(',')) {
-        let name = option.split('=').next().unwrap_or_default();
-        let wrong = |why: &str| {
-            Err(Error::usage(format!("mount option {option:?} {why}"))
-                .hint("see mount(8) and the manual of the filesystem, such as ext4(5)"))
-        };
-        if name.is_empty() {
-            return wrong("is empty");
-        }
-        if option.len() > 200 || !option.chars().all(|c| c.is_ascii_alphanumeric() || "-_.=:@/+".contains(c))
-        {
-            return wrong("has characters that no mount option has");
-        }
-        if matches!(name, "ro" | "rw") {
-            return wrong("is decided by --read-only");
-        }
-        if REFUSED_OPTIONS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") {
-            return wrong("is not for volumes");
-        }
-        options.push(option.to_owned());
-    }
-    Ok(options)
-}
-
 impl AttachArgs {
     /// Checks every value. The storage URL comes from the context.
     pub(super) fn spec(&self, context: &Context, storage_url: String) -> Result<AttachSpec> {
-        let mut transport: Transport = self.transport.parse()?;
-        let path: IoPath = self.path.parse()?;
-        match (path, transport) {
-            (IoPath::Direct, Transport::Fuse) => {
-                return Err(Error::usage("--path direct and --transport fuse exclude each other")
-                    .hint("the direct path is one of the kernel's NBD client: use --transport nbd"));
-            }
-            (IoPath::Direct, _) => transport = Transport::Nbd,
-            (IoPath::Guarded, _) => {}
-        }
-        let reconnect_timeout = time("--reconnect-timeout", &self.reconnect_timeout)?;
-        if !(Duration::from_secs(1)..=Duration::from_secs(7 * 24 * 3600)).contains(&reconnect_timeout) {
-            return Err(Error::usage("--reconnect-timeout is out of range")
-                .hint("give between 1s and 7days; 10m suits most nodes"));
-        }
+        let made = self.device.check()?;
         if self.runtime != "process" {
             return Err(Error::usage(format!("unknown runtime {:?}", self.runtime))
                 .hint("choose process: ZeroFS runs as a process on this node"));
         }
         let size = self.size.as_deref().map(str::parse::<ByteSize>).transpose()?;
         if let Some(size) = size {
-            check_size(size)?;
+            size.check_volume()?;
         }
         let fs = self.fs.as_deref().map(str::parse).transpose()?;
         if self.block && fs.is_some() {
@@ -179,32 +118,17 @@ impl AttachArgs {
             storage_url,
             size,
             fs,
-            mount_options: mount_options(&self.mount_option)?,
+            mount_options: crate::mount_options::check(&self.mount_option)?,
             read_only: self.read_only,
             block: self.block,
-            transport,
-            path,
-            reconnect_timeout,
+            transport: made.transport,
+            path: made.path,
+            reconnect_timeout: made.reconnect_timeout,
             take_over: self.take_over,
             keeper: KeeperOptions { io_timeout, log_size, ..KeeperOptions::default() },
             stop: StopOptions::default(),
         })
     }
-}
-
-/// A volume's size is a whole number of 4 KiB blocks, and not zero.
-pub(super) fn check_size(size: ByteSize) -> Result<()> {
-    if size.bytes() == 0 {
-        return Err(Error::usage("the size is zero").hint("give at least 16Mi"));
-    }
-    if !size.bytes().is_multiple_of(4096) {
-        return Err(Error::usage(format!("{} bytes are not a whole number of 4 KiB blocks", size.bytes()))
-            .hint(format!("give {}", size.bytes().next_multiple_of(4096))));
-    }
-    if size.bytes() > 1 << 50 {
-        return Err(Error::usage(format!("{size} is larger than 1Pi")).hint("give a smaller size"));
-    }
-    Ok(())
 }
 
 pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
@@ -234,40 +158,5 @@ fn require_parent(spec: &AttachSpec) -> Result<()> {
         .on(&spec.volume)
         .hint(format!("make it: mkdir -p {}", parent.display()))),
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mount_options_are_split_and_checked() {
-        let given = |o: &[&str]| mount_options(&o.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
-        assert_eq!(given(&["noatime,commit=5", "discard"]).unwrap(), ["noatime", "commit=5", "discard"]);
-        for bad in [
-            "",
-            "a,,b",
-            "ro",
-            "rw",
-            "bind",
-            "remount",
-            "loop",
-            "x-mount.mkdir",
-            "a b",
-            "a;b",
-            "a\nb",
-            "context=\"x\"",
-        ] {
-            assert!(given(&[bad]).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn sizes_are_whole_blocks() {
-        assert!(check_size(ByteSize(ByteSize::GIB)).is_ok());
-        for bad in [0, 1, 4095, 1_000_000_001, (1 << 50) + 4096] {
-            assert!(check_size(ByteSize(bad)).is_err(), "{bad}");
-        }
     }
 }

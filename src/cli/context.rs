@@ -270,7 +270,7 @@ impl Context {
             password,
             zerofs,
             program: crate::keeper::OWN_EXE.into(),
-            node: node_name(),
+            node: self.global.node.clone().unwrap_or_else(node_name),
             only_looks: purpose == Purpose::Settle,
             progress: self.progress.long(),
         })

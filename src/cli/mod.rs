@@ -12,8 +12,10 @@ use crate::report::{Format, Report};
 
 mod attach;
 mod context;
+mod csi;
 mod demo;
 mod detach;
+mod device;
 mod fsck;
 mod generate;
 mod keeper;
@@ -97,6 +99,9 @@ pub struct Global {
     /// Write standard error as text or json
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT", hide_possible_values = true)]
     log_format: LogFormat,
+    /// The name of this node; none for NODE_ID or the host name.
+    #[arg(skip)]
+    node: Option<String>,
 }
 
 /// `--log-format`
@@ -136,6 +141,7 @@ enum Command {
     Nbd(nbd::NbdArgs),
     Zerofs(zerofs::ZerofsArgs),
     Demo(demo::DemoArgs),
+    Csi(csi::CsiArgs),
     #[command(hide = true)]
     Generate(generate::GenerateArgs),
     #[command(hide = true)]
@@ -170,10 +176,13 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
     if let Command::Keeper(args) = cli.command {
         return keeper::run(&args);
     }
-    context::init_log(cli.global.verbose, cli.global.log_format == LogFormat::Json);
+    // A server tells what it does without being asked to.
+    let verbose = cli.global.verbose + u8::from(matches!(cli.command, Command::Csi(_)));
+    context::init_log(verbose, cli.global.log_format == LogFormat::Json);
     let format = cli.global.output;
-    let context = Context::new(cli.global);
-    match run(cli.command, &context).and_then(|r| context.print(&r, format).map(|()| r.exit)) {
+    let global = cli.global;
+    let context = Context::new(global.clone());
+    match run(cli.command, &context, &global).and_then(|r| context.print(&r, format).map(|()| r.exit)) {
         Ok(exit) => exit,
         Err(error) => {
             context.print_error(&error);
@@ -199,7 +208,7 @@ fn wrong_usage(e: &clap::Error) -> Error {
     Error::usage(kept.join("; ").replace("\n ", "")).hint(format!("run: {page} --help"))
 }
 
-fn run(command: Command, context: &Context) -> Result<Report> {
+fn run(command: Command, context: &Context, global: &Global) -> Result<Report> {
     match command {
         Command::Attach(args) => attach::run(&args, context),
         Command::Detach(args) => detach::run(&args, context),
@@ -212,6 +221,7 @@ fn run(command: Command, context: &Context) -> Result<Report> {
         Command::Nbd(args) => nbd::run(&args, context, context.format()),
         Command::Zerofs(args) => zerofs::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
+        Command::Csi(args) => csi::run(&args, context, global),
         Command::Generate(args) => generate::run(&args),
         // Taken care of before anything else.
         Command::Keeper(args) => Ok(Report::new("keeper", ()).exit(keeper::run(&args))),

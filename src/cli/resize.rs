@@ -1,7 +1,7 @@
 use clap::Args;
 
 use super::context::Purpose;
-use super::{Context, StorageArgs, attach, detach};
+use super::{Context, StorageArgs, detach};
 use crate::error::Result;
 use crate::ops::{self, AttachSpec};
 use crate::report::Report;
@@ -29,7 +29,7 @@ pub struct ResizeArgs {
 
 pub fn run(args: &ResizeArgs, context: &Context) -> Result<Report> {
     let size: ByteSize = args.size.parse()?;
-    attach::check_size(size)?;
+    size.check_volume()?;
     let dirs = context.dirs()?;
     let (volume, _) = detach::resolve(&args.volume, context, &dirs)?;
     context.require_root()?;

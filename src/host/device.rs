@@ -146,7 +146,7 @@ fn pick(
 }
 
 /// Which transport works here, or would once its module is loaded.
-pub(super) fn transport(wanted: Transport) -> Result<Transport> {
+pub fn transport(wanted: Transport) -> Result<Transport> {
     let ready = || match nbd::supported()? {
         nbd::Support::NoModule { on_disk: true, .. } => Ok(()),
         support => support.require(),
@@ -155,7 +155,7 @@ pub(super) fn transport(wanted: Transport) -> Result<Transport> {
 }
 
 /// The same, with the module loaded.
-pub(super) fn prepare(wanted: Transport) -> Result<Transport> {
+pub fn prepare(wanted: Transport) -> Result<Transport> {
     pick(wanted, nbd::ensure, require_fuse)
 }
 

@@ -81,6 +81,8 @@ struct World {
     mounts: Vec<MountEntry>,
     links: BTreeMap<PathBuf, PathBuf>,
     folders: BTreeSet<PathBuf>,
+    files: BTreeSet<PathBuf>,
+    group: Option<u32>,
     users: Vec<User>,
     /// Everything that was ever acknowledged.
     acknowledged: Vec<u64>,
@@ -249,6 +251,13 @@ impl FakeHost {
         self.world.borrow().acknowledged.clone()
     }
 
+    /// Where the volume is mounted or bound, oldest first.
+    pub fn mounted_at(&self) -> Vec<String> {
+        let w = self.world.borrow();
+        let ours = w.mounts.iter().filter(|m| m.source != "/dev/other");
+        ours.map(|m| m.target.display().to_string()).collect()
+    }
+
     /// The size of device and filesystem.
     pub fn sizes(&self) -> (Option<ByteSize>, Option<ByteSize>) {
         let w = self.world.borrow();
@@ -278,6 +287,7 @@ impl FakeHost {
         note(w.mounts.iter().any(|m| m.source != "/dev/other"), "mount");
         note(!w.links.is_empty(), "link");
         note(!w.folders.is_empty(), "folder");
+        note(!w.files.is_empty(), "file");
         left
     }
 }
@@ -345,6 +355,9 @@ impl World {
 
 const LOOP: &str = "/dev/loop0";
 const NBD: &str = "/dev/nbd0";
+
+/// What the mount table calls the filesystem of device nodes.
+const NODES: &str = "devtmpfs";
 
 impl Observe for FakeHost {
     fn claim(&self, _: &VolumeId) -> Result<Option<Claimed>> {
@@ -423,6 +436,9 @@ impl Observe for FakeHost {
         if let Some(to) = w.links.get(path) {
             return Ok(TargetView::Other { link: Some(to.clone()) });
         }
+        if w.files.contains(path) {
+            return Ok(TargetView::Other { link: None });
+        }
         Ok(if w.folders.contains(path) { TargetView::EmptyFolder } else { TargetView::Missing })
     }
 
@@ -432,6 +448,20 @@ impl Observe for FakeHost {
 
     fn can_grow_mounted(&self, _: FsType) -> Result<()> {
         Ok(())
+    }
+
+    fn is_node_of(&self, target: &TargetPath, device: &Path) -> Result<bool> {
+        let w = self.world.borrow();
+        let node = w.mounts.iter().any(|m| m.target == target.as_path() && m.source == NODES);
+        Ok(node && w.device.as_ref().is_some_and(|d| d.path == device))
+    }
+
+    fn is_empty_file(&self, target: &TargetPath) -> Result<bool> {
+        Ok(self.world.borrow().files.contains(target.as_path()))
+    }
+
+    fn group_granted(&self, _: &TargetPath, gid: u32) -> Result<bool> {
+        Ok(self.world.borrow().group == Some(gid))
     }
 
     fn filesystem_fills_device(&self, device: &Device, _: FsType, _: &Path) -> Result<bool> {
@@ -648,10 +678,8 @@ impl Host for FakeHost {
     fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
         self.change(|w| {
             assert!(dead || w.users.is_empty(), "a device in use is disconnected");
-            assert!(
-                !w.mounts.iter().any(|m| m.source == LOOP || m.source == NBD),
-                "a mounted device is disconnected"
-            );
+            let ours = |m: &MountEntry| m.source == LOOP || m.source == NBD || m.source == NODES;
+            assert!(!w.mounts.iter().any(ours), "a mounted device is disconnected");
             assert!(!dead || w.life() == Life::Dead, "a live device is taken down as if it were dead");
             w.device = None;
             w.nbd = None;
@@ -797,6 +825,56 @@ impl Host for FakeHost {
         self.change(|w| {
             assert!(!w.mounts.iter().any(|m| m.target == target.as_path()), "a mount point is removed");
             w.folders.remove(target.as_path());
+            Ok(())
+        })
+    }
+
+    fn make_file(&self, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            w.files.insert(target.as_path().into());
+            Ok(())
+        })
+    }
+
+    fn clear_target(&self, target: &TargetPath) -> Result<()> {
+        self.change(|w| {
+            assert!(!w.mounts.iter().any(|m| m.target == target.as_path()), "a mount point is removed");
+            w.folders.remove(target.as_path());
+            w.files.remove(target.as_path());
+            Ok(())
+        })
+    }
+
+    fn bind(&self, source: &Path, target: &TargetPath, read_only: bool) -> Result<()> {
+        self.change(|w| {
+            let path = target.as_path();
+            assert!(w.alive(), "bound on a dead device");
+            assert!(!w.mounts.iter().any(|m| m.target == path), "bound over a mount");
+            let device = w.device.as_ref().map(|d| d.path.clone());
+            let mut entry = if Some(source) == device.as_deref() {
+                assert!(w.files.contains(path), "a device is bound on nothing");
+                let (source, fs) = (NODES.into(), NODES.into());
+                MountEntry { target: path.into(), source, fs, read_only }
+            } else {
+                assert!(w.folders.contains(path), "bound on nothing");
+                let ours = |m: &&MountEntry| device.as_deref() == Some(Path::new(&m.source));
+                let staged = w.mounts.iter().filter(ours).find(|m| m.target == source);
+                staged.expect("what is bound is not mounted").clone()
+            };
+            entry.target = path.into();
+            entry.read_only |= read_only;
+            w.mounts.push(entry);
+            Ok(())
+        })
+    }
+
+    fn grant_group(&self, target: &TargetPath, gid: u32) -> Result<()> {
+        self.change(|w| {
+            assert!(
+                w.mounts.iter().any(|m| m.target == target.as_path()),
+                "granted where nothing is mounted"
+            );
+            w.group = Some(gid);
             Ok(())
         })
     }

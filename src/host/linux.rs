@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
-    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, device, loopdev,
+    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, device, loopdev,
     mounts, nbd, programs, signature, users,
 };
 use crate::catalog::{
@@ -173,7 +173,12 @@ impl LinuxHost {
         // Who starts something needs the answer, and there is enough to do until it comes.
         let version = if only_looks { Asked::NotYet } else { Asked::ask(&zerofs) };
         let owner = owner(&dirs, node, only_looks)?;
-        let catalog = crate::catalog::open(&storage.url, &storage.s3)?;
+        let catalog: Box<dyn Catalog> = if only_looks {
+            // What is attached is mostly looked at without asking the store.
+            Box::new(crate::catalog::LazyCatalog::new(storage.url.clone(), storage.s3.clone()))
+        } else {
+            crate::catalog::open(&storage.url, &storage.s3)?
+        };
         Ok(LinuxHost {
             dirs,
             storage,
@@ -347,6 +352,13 @@ impl LinuxHost {
             };
             self.check_version(&record)?;
             self.check_password(&record)?;
+            // Made without a password at hand, as by a controller: the first start decides which one it has.
+            if let (Content::Never, None, 0, Some(password)) =
+                (record.content, &record.password_check, record.epoch, &self.password)
+            {
+                record.password_check = Some(PasswordCheck::new(password)?);
+                *self.checked.borrow_mut() = true;
+            }
             if record.content == Content::Never {
                 // Nothing was ever written to it, so its size and filesystem are whatever is asked for last.
                 record.capacity = request.size.unwrap_or(record.capacity);
@@ -440,6 +452,14 @@ impl LinuxHost {
         Ok(ask)
     }
 
+    /// The settings, with the volume's own over them as its record last said.
+    fn tuned(&self, volume: &VolumeId) -> Result<Settings> {
+        match &*self.known.borrow() {
+            Some((record, _)) if record.id == *volume => self.settings.tuned(&record.tuning),
+            _ => Ok(self.settings.clone()),
+        }
+    }
+
     fn render(&self, volume: &VolumeId, capacity: Option<ByteSize>) -> Result<Zeroizing<String>> {
         let profile = Profile::of(self.zerofs_version()?)?;
         let password = self.password.as_ref().ok_or_else(|| {
@@ -447,7 +467,7 @@ impl LinuxHost {
                 "set ZEROFS_ENCRYPTION_PASSWORD_FILE to a file that holds it, or name its Secret with --config and --secret",
             )
         })?;
-        let s = &self.settings;
+        let s = &self.tuned(volume)?;
         let own_cache = self.dirs.volume_state(volume).join("cache");
         let cache_dir = s.cache.dir.as_ref().map_or(own_cache, |dir| dir.join(format!("zerofs-{volume}")));
         let secret = |s: &Secret| Zeroizing::new(s.expose().to_owned());
@@ -484,7 +504,8 @@ impl LinuxHost {
     }
 
     fn keeper_config(&self, volume: &VolumeId, epoch: u64, options: &KeeperOptions) -> Result<KeeperConfig> {
-        let resources = &self.settings.resources;
+        let settings = self.tuned(volume)?;
+        let resources = &settings.resources;
         let limits = super::cgroup::Limits {
             cpu_millis: resources.cpu_limit.as_ref().map(|q| u32::try_from(q.millis()).unwrap_or(u32::MAX)),
             memory_bytes: resources.memory_limit.as_ref().map(|q| q.units()),
@@ -497,7 +518,7 @@ impl LinuxHost {
             zerofs_bin: self.zerofs.clone(),
             zerofs_version: self.zerofs_version()?,
             config_path: self.dirs.config(volume),
-            rust_log: self.settings.rust_log.clone(),
+            rust_log: settings.rust_log.clone(),
             export: EXPORT.into(),
             connections: options.connections,
             log_bytes: options.log_size.bytes(),
@@ -912,6 +933,18 @@ impl Observe for LinuxHost {
             .hint("detach it, then resize it: a detached volume grows without that"));
         }
         Ok(())
+    }
+
+    fn is_node_of(&self, target: &TargetPath, device: &Path) -> Result<bool> {
+        bind::is_node_of(target.as_path(), device)
+    }
+
+    fn is_empty_file(&self, target: &TargetPath) -> Result<bool> {
+        bind::is_empty_file(target.as_path())
+    }
+
+    fn group_granted(&self, target: &TargetPath, gid: u32) -> Result<bool> {
+        bind::group_granted(target.as_path(), gid)
     }
 
     fn filesystem_fills_device(&self, device: &Device, fs: FsType, target: &Path) -> Result<bool> {
@@ -1374,6 +1407,22 @@ impl Host for LinuxHost {
             }
             other => remove(other, target.as_path()),
         }
+    }
+
+    fn make_file(&self, target: &TargetPath) -> Result<()> {
+        bind::make_file(target.as_path())
+    }
+
+    fn clear_target(&self, target: &TargetPath) -> Result<()> {
+        bind::clear_target(target.as_path())
+    }
+
+    fn bind(&self, source: &Path, target: &TargetPath, read_only: bool) -> Result<()> {
+        bind::bind(source, target.as_path(), read_only)
+    }
+
+    fn grant_group(&self, target: &TargetPath, gid: u32) -> Result<()> {
+        bind::grant_group(target.as_path(), gid)
     }
 
     fn link(&self, device: &Device, target: &TargetPath) -> Result<()> {

@@ -18,6 +18,7 @@ use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 pub use crate::catalog::Content;
 
 pub mod access;
+pub mod bind;
 pub mod cgroup;
 pub mod device;
 pub mod fake;
@@ -175,6 +176,24 @@ impl fmt::Display for IoPath {
 
 /// How long the kernel holds I/O for a device that no keeper serves, unless told otherwise.
 pub const RECONNECT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How a user wants block devices made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Made {
+    /// How.
+    pub transport: Transport,
+    /// For [`Transport::Nbd`].
+    pub path: IoPath,
+    /// How long the kernel holds I/O while no keeper serves the device, for [`Transport::Nbd`].
+    pub reconnect_timeout: Duration,
+}
+
+impl Default for Made {
+    fn default() -> Self {
+        let (transport, path) = (Transport::default(), IoPath::default());
+        Made { transport, path, reconnect_timeout: RECONNECT_TIMEOUT }
+    }
+}
 
 /// How to make the block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -360,6 +379,12 @@ pub trait Observe {
     fn device_users(&self, device: &Path) -> Result<Vec<User>>;
     /// An error if this machine cannot grow that filesystem while it is mounted.
     fn can_grow_mounted(&self, fs: FsType) -> Result<()>;
+    /// Whether the file at `target` is a node of the device.
+    fn is_node_of(&self, target: &TargetPath, device: &Path) -> Result<bool>;
+    /// Whether there is a plain file without content at `target`.
+    fn is_empty_file(&self, target: &TargetPath) -> Result<bool>;
+    /// Whether the files of what is mounted at `target` are open to the group.
+    fn group_granted(&self, target: &TargetPath, gid: u32) -> Result<bool>;
     /// Whether the filesystem, mounted at `target` (an ext4 may also be unmounted), has the device's size.
     fn filesystem_fills_device(&self, device: &Device, fs: FsType, target: &Path) -> Result<bool>;
 }
@@ -431,6 +456,14 @@ pub trait Host: Observe {
     fn make_folder(&self, target: &TargetPath) -> Result<()>;
     /// Removes it when empty; otherwise leaves it.
     fn remove_folder(&self, target: &TargetPath) -> Result<()>;
+    /// Makes an empty file.
+    fn make_file(&self, target: &TargetPath) -> Result<()>;
+    /// Removes an empty folder or file, and leaves anything else.
+    fn clear_target(&self, target: &TargetPath) -> Result<()>;
+    /// Lets what is at `source`, a mount or a device's node, appear at `target`, which exists.
+    fn bind(&self, source: &Path, target: &TargetPath, read_only: bool) -> Result<()>;
+    /// Opens the files of what is mounted at `target` to a group.
+    fn grant_group(&self, target: &TargetPath, gid: u32) -> Result<()>;
     /// Links a device at a target.
     fn link(&self, device: &Device, target: &TargetPath) -> Result<()>;
     /// Removes the link.

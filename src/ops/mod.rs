@@ -18,12 +18,14 @@ pub mod attach;
 pub mod detach;
 pub mod fsck;
 pub mod nbd_gc;
+pub mod publish;
 pub mod recover;
 pub mod resize;
 pub mod take_over;
 
 pub use attach::AttachSpec;
 pub use detach::Scope;
+pub use publish::PublishSpec;
 
 /// Opens the journal of a volume that is to be changed.
 ///

@@ -88,6 +88,11 @@ pub fn resize(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec, size: Byte
             return engine.run(&mut journal, detached, Facts::default());
         }
         let plan = plan(volume, &standing, size)?;
+        if journal.open_run().is_none()
+            && let Some(report) = engine.all_settled(&plan, &mut standing.facts.clone())?
+        {
+            return Ok(report);
+        }
         check(engine.host, &standing).map_err(|e| e.on(volume))?;
         engine.run(&mut journal, plan, standing.facts)
     })();

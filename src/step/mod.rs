@@ -10,12 +10,14 @@ use crate::error::Result;
 use crate::host::{Host, Observe};
 use crate::values::VolumeId;
 
+mod bind;
 mod check;
 mod claim;
 mod connect;
 mod create_disk;
 mod facts;
 mod format;
+mod grant_group;
 mod grow_device;
 mod grow_disk;
 mod grow_filesystem;
@@ -30,12 +32,14 @@ mod start;
 pub(crate) mod target;
 mod write_config;
 
+pub use bind::Bind;
 pub use check::Check;
 pub use claim::Claim;
 pub use connect::Connect;
 pub use create_disk::CreateDisk;
 pub use facts::{Direction, Facts};
 pub use format::Format;
+pub use grant_group::GrantGroup;
 pub use grow_device::GrowDevice;
 pub use grow_disk::GrowDisk;
 pub use grow_filesystem::GrowFilesystem;
@@ -113,6 +117,10 @@ steps! {
     Mount,
     /// The device is linked at the target.
     Link,
+    /// What is staged appears at the target.
+    Bind,
+    /// Its files are open to a group.
+    GrantGroup,
     /// The disk inside ZeroFS has the new size.
     GrowDisk,
     /// The block device has it.

@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test file is a program of its own and uses only a part of this")]
 
 pub mod cli;
+pub mod csi;
 pub mod dir;
 pub mod fio;
 pub mod forgetful;

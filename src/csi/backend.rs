@@ -1,0 +1,39 @@
+//! What the driver needs of its surroundings.
+
+use std::sync::Arc;
+
+use super::Role;
+use crate::catalog::Catalog;
+use crate::error::Result;
+use crate::host::Host;
+use crate::values::VolumeId;
+
+/// What a host is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// The volume may be started, for the first time even: settings, password and program are needed.
+    Start,
+    /// The same, for a volume that was started here before.
+    Reopen,
+    /// What is there is looked at, or taken down.
+    Settle,
+}
+
+/// The surroundings: the real machine with its settings, or a model.
+///
+/// The settings of a volume can one day come from a cluster's ConfigMap and Secrets: then it is this that reads them.
+pub trait Backend: Send + Sync + 'static {
+    /// Opens the host for one volume and works with it, on the calling thread.
+    fn with_host(
+        &self,
+        volume: &VolumeId,
+        need: Need,
+        work: &mut dyn FnMut(&dyn Host) -> Result<()>,
+    ) -> Result<()>;
+
+    /// The records of the store.
+    fn catalog(&self) -> Result<Arc<dyn Catalog>>;
+
+    /// An error that says what is missing: settings, program, devices, store.
+    fn probe(&self, role: Role) -> Result<()>;
+}
