@@ -12,6 +12,7 @@ pub mod fio;
 pub mod forgetful;
 pub mod http;
 pub mod keeper;
+pub mod matrix;
 pub mod moto;
 pub mod proxy;
 pub mod vm;
