@@ -13,9 +13,11 @@ pub mod forgetful;
 pub mod http;
 pub mod keeper;
 pub mod matrix;
+pub mod ledger;
 pub mod moto;
 pub mod proxy;
 pub mod vm;
+pub mod watch;
 pub mod zerofs;
 
 use std::path::{Path, PathBuf};
