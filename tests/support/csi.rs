@@ -137,6 +137,8 @@ pub struct Client {
     runtime: tokio::runtime::Runtime,
     /// For calls that this has no word for.
     pub channel: Channel,
+    /// The deadline of each call.
+    pub limit: Duration,
 }
 
 /// How a volume is wanted.
@@ -174,7 +176,7 @@ macro_rules! ask {
         let mut client = $client::new($self.channel.clone());
         let request = tonic::Request::new($request);
         $self.runtime.block_on(async {
-            match tokio::time::timeout(LIMIT, client.$call(request)).await {
+            match tokio::time::timeout($self.limit, client.$call(request)).await {
                 Ok(answer) => answer.map(tonic::Response::into_inner),
                 Err(_) => Err(Status::new(Code::DeadlineExceeded, "the test gave up")),
             }
@@ -190,7 +192,7 @@ impl Client {
         let address = format!("unix://{}", socket.display());
         let endpoint = tonic::transport::Endpoint::from_shared(address).expect("an address");
         let channel = runtime.block_on(async { endpoint.connect_lazy() });
-        Client { runtime, channel }
+        Client { runtime, channel, limit: LIMIT }
     }
 
     /// Runs anything on the client's runtime.
