@@ -202,7 +202,6 @@ impl Backend for Model {
 
 /// A call with what it says.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "each is the call of that name")]
 pub enum Ask {
     CreateVolume(CreateVolumeRequest),
     DeleteVolume(DeleteVolumeRequest),
