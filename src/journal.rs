@@ -19,6 +19,11 @@ use crate::step::Step;
 use crate::step::{Direction, Facts};
 use crate::values::VolumeId;
 
+mod compact;
+
+/// Where a shortened journal is written, beside the journal itself.
+const SHORTENED: &str = "journal.new";
+
 /// The version that we write.
 pub const VERSION: u32 = 1;
 
@@ -166,6 +171,9 @@ impl Journal {
     /// Begins a run.
     pub(crate) fn begin(&mut self, plan: Plan, facts: Facts) -> Result<()> {
         debug_assert!(self.open_run().is_none(), "settle the open run first");
+        if let Err(e) = self.shorten() {
+            tracing::warn!("the journal stays long: {e}");
+        }
         self.taking_back =
             matches!(plan.operation, Operation::Detach | Operation::Clear | Operation::Unpublish);
         self.append(Record::Begin { v: VERSION, at: jiff::Timestamp::now(), plan, facts })
@@ -246,6 +254,8 @@ impl Journal {
         if self.open_run().is_some() || self.standing().claimed {
             return Ok(());
         }
+        // One that a killed process had not yet put in its place.
+        let _ = std::fs::remove_file(self.path.with_file_name(SHORTENED));
         std::fs::remove_file(&self.path).doing("remove the journal", &self.path)?;
         if let Some(folder) = self.path.parent() {
             match std::fs::remove_dir(folder) {

@@ -10,7 +10,7 @@ use zerofsctl::error::{Kind, Result};
 use zerofsctl::host::User;
 use zerofsctl::host::fake::{FakeHost, Killed};
 use zerofsctl::journal;
-use zerofsctl::ops::{self, AttachSpec, Scope};
+use zerofsctl::ops::{self, AttachSpec, PublishSpec, Scope};
 use zerofsctl::run::{Engine, Silent};
 use zerofsctl::values::{ByteSize, TargetPath, VolumeId};
 
@@ -73,6 +73,32 @@ impl Machine {
     fn fsck(&self) -> Result<()> {
         let spec = ops::fsck::FsckSpec { attach: self.spec("/none"), repair: false, read_data: None };
         ops::fsck::fsck(&self.engine(), self.run_dir.path(), &spec).map(drop)
+    }
+
+    fn publish_spec(&self, at: &str, block: bool) -> PublishSpec {
+        PublishSpec {
+            volume: volume(),
+            staged: target(if block { "/raw" } else { "/a" }),
+            target: target(at),
+            read_only: false,
+            block,
+            alone: false,
+            group: (!block).then_some(4711),
+        }
+    }
+
+    fn publish(&self, at: &str) -> Result<()> {
+        let spec = self.publish_spec(at, false);
+        ops::publish::publish(&self.engine(), self.run_dir.path(), &spec).map(drop)
+    }
+
+    fn publish_block(&self, at: &str) -> Result<()> {
+        let spec = self.publish_spec(at, true);
+        ops::publish::publish(&self.engine(), self.run_dir.path(), &spec).map(drop)
+    }
+
+    fn unpublish(&self, at: &str) -> Result<()> {
+        ops::publish::unpublish(&self.engine(), self.run_dir.path(), &volume(), &target(at)).map(drop)
     }
 
     fn recover(&self) -> Result<()> {
@@ -240,6 +266,58 @@ const CASES: &[Case] = &[
         },
         command: Machine::fsck,
         after: gone_and_intact,
+    },
+    Case {
+        name: "publish",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.host.write(1);
+        },
+        command: |m| m.publish("/pod"),
+        after: |m, when| {
+            m.assert_data(when);
+            assert_eq!(m.host.mounted_at(), ["/a", "/pod"], "{when}");
+        },
+    },
+    Case {
+        name: "publish after the keeper was killed",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.publish("/pod").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+        },
+        command: |m| {
+            // A healing that was killed takes its attach back: then the orchestrator stages it again.
+            if m.host.mounted_at().is_empty() {
+                m.attach("/a")?;
+            }
+            m.publish("/pod")
+        },
+        after: |m, when| {
+            m.assert_data(when);
+            assert_eq!(m.host.mounted_at(), ["/a", "/pod"], "{when}");
+        },
+    },
+    Case {
+        name: "unpublish of one of two",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.publish("/pod").unwrap();
+            m.publish("/other").unwrap();
+            m.host.write(1);
+        },
+        command: |m| m.unpublish("/pod"),
+        after: |m, when| {
+            m.assert_data(when);
+            assert_eq!(m.host.mounted_at(), ["/a", "/other"], "{when}");
+        },
+    },
+    Case {
+        name: "raw publish",
+        before: |m| m.attach_block("/raw").unwrap(),
+        command: |m| m.publish_block("/pod"),
+        after: |m, when| assert_eq!(m.host.mounted_at(), ["/pod"], "{when}"),
     },
     Case {
         name: "raw block attach",
@@ -410,6 +488,8 @@ enum Deed {
     Resize(u8),
     Fsck,
     Recover,
+    Publish(u8),
+    Unpublish(u8),
     Write,
     Flush,
     KillKeeper,
@@ -419,12 +499,16 @@ enum Deed {
 impl Deed {
     fn act(&self, m: &Machine) -> Result<()> {
         match self {
+            Deed::Attach(0) => m.attach("/a"),
             Deed::Attach(n) => m.attach(&format!("/t{n}")),
             Deed::Detach => m.detach(),
+            Deed::DetachTarget(0) => m.detach_target("/a"),
             Deed::DetachTarget(n) => m.detach_target(&format!("/t{n}")),
             Deed::Resize(n) => m.resize(u64::from(*n)),
             Deed::Fsck => m.fsck(),
             Deed::Recover => m.recover(),
+            Deed::Publish(n) => m.publish(&format!("/pod{n}")),
+            Deed::Unpublish(n) => m.unpublish(&format!("/pod{n}")),
             Deed::Write if m.host.read().is_some() => {
                 m.host.write(m.host.acknowledged().len() as u64);
                 Ok(())
@@ -454,6 +538,8 @@ fn deeds() -> impl Strategy<Value = (Deed, Option<u64>, Option<u64>)> {
         1 => (1..5u8).prop_map(Deed::Resize),
         1 => Just(Deed::Fsck),
         1 => Just(Deed::Recover),
+        2 => (0..3u8).prop_map(Deed::Publish),
+        1 => (0..3u8).prop_map(Deed::Unpublish),
         4 => Just(Deed::Write),
         1 => Just(Deed::Flush),
         1 => Just(Deed::KillKeeper),

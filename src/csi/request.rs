@@ -303,12 +303,12 @@ mod tests {
     fn sizes_are_rounded_up_and_never_past_the_limit() {
         const GIB: i64 = 1 << 30;
         let least = ByteSize(16 * ByteSize::MIB);
-        let size = |r| new_size(r, least).map(|s| s.0 as i64);
+        let size = |r: Option<CapacityRange>| new_size(r.as_ref(), least).map(|s| s.0 as i64);
         assert_eq!(size(None).unwrap(), GIB);
-        assert_eq!(size(range(GIB, 0).as_ref()).unwrap(), GIB);
-        assert_eq!(size(range(1_000_000_000, 0).as_ref()).unwrap(), 1_000_001_536);
-        assert_eq!(size(range(1, 0).as_ref()).unwrap(), 16 << 20);
-        assert_eq!(size(range(0, 100 << 20).as_ref()).unwrap(), 100 << 20);
+        assert_eq!(size(range(GIB, 0)).unwrap(), GIB);
+        assert_eq!(size(range(1_000_000_000, 0)).unwrap(), 1_000_001_536);
+        assert_eq!(size(range(1, 0)).unwrap(), 16 << 20);
+        assert_eq!(size(range(0, 100 << 20)).unwrap(), 100 << 20);
         for (r, code) in [
             (range(1_000_000_000, 1_000_000_000), tonic::Code::OutOfRange),
             (range(0, 1 << 20), tonic::Code::OutOfRange),
@@ -318,7 +318,7 @@ mod tests {
             (range(-1, 0), tonic::Code::InvalidArgument),
             (range(0, -1), tonic::Code::InvalidArgument),
         ] {
-            assert_eq!(size(r.as_ref()).unwrap_err().code(), code, "{r:?}");
+            assert_eq!(size(r).unwrap_err().code(), code, "{r:?}");
         }
         assert_eq!(grown_size(None).unwrap_err().code(), tonic::Code::InvalidArgument);
         assert_eq!(grown_size(range(0, 0).as_ref()).unwrap_err().code(), tonic::Code::InvalidArgument);

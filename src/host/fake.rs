@@ -197,6 +197,13 @@ impl FakeHost {
         self.world.borrow().acknowledged.clone()
     }
 
+    /// Where the volume is mounted or bound, oldest first.
+    pub fn mounted_at(&self) -> Vec<String> {
+        let w = self.world.borrow();
+        let ours = w.mounts.iter().filter(|m| m.source != "/dev/other");
+        ours.map(|m| m.target.display().to_string()).collect()
+    }
+
     /// The size of device and filesystem.
     pub fn sizes(&self) -> (Option<ByteSize>, Option<ByteSize>) {
         let w = self.world.borrow();
