@@ -135,6 +135,10 @@ fn root_a_driver_that_is_killed_at_random_instants_does_what_its_kubelet_asks_fo
     assert!(client.list(0, "").expect("the driver lists").entries.is_empty());
     assert!(driver.stop().success());
     node.assert_nothing_left("after the kills");
-    assert!(support::cli::files_below(&node.state().join("store")).iter().all(|f| !f.to_string_lossy().contains("/v")),
-        "data of deleted volumes is left");
+    assert!(
+        support::cli::files_below(&node.state().join("store"))
+            .iter()
+            .all(|f| !f.to_string_lossy().contains("/v")),
+        "data of deleted volumes is left"
+    );
 }

@@ -12,7 +12,7 @@ use super::proto::*;
 use super::request::{self, missing};
 use super::{Driver, Refusal, Rpc};
 use crate::catalog::{Catalog, DataPrefix, Provision, Published, State, Tag, VolumeRecord, Written};
-use crate::error::{Error, Kind, Result as OurResult};
+use crate::error::{Error, Kind};
 use crate::journal::{Journal, Standing};
 use crate::values::{ByteSize, FsType, VolumeId};
 
@@ -131,6 +131,7 @@ impl Driver {
         let size = request::new_size(req.capacity_range.as_ref(), least)?;
         let mut wanted = VolumeRecord::new(id.clone(), size, fs, jiff::Timestamp::now());
         wanted.provision = Some(Provision {
+            name: (req.name != id.as_str()).then(|| req.name.clone()),
             block,
             delete_data: parameters.delete_data,
             config_map: parameters.config_map,
@@ -299,6 +300,10 @@ impl Driver {
         req: &ControllerUnpublishVolumeRequest,
         volume: &VolumeId,
     ) -> Result<ControllerUnpublishVolumeResponse, Refusal> {
+        // Without one it is for whichever node has it.
+        if !req.node_id.is_empty() {
+            request::node(&req.node_id)?;
+        }
         let catalog = self.backend.catalog()?;
         let done = Ok(ControllerUnpublishVolumeResponse {});
         // Seen with our own eyes: it is still staged.
@@ -578,8 +583,7 @@ pub(super) use print_of;
 impl Controller for ControllerService {
     async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<CreateVolumeResponse> {
         let req = request.into_inner();
-        let id: OurResult<VolumeId> =
-            if req.name.is_empty() { Err(missing("name")) } else { req.name.parse() };
+        let id = request::id_for(&req.name);
         let print = print_of!(req);
         self.0.call(Rpc::CreateVolume, id, print, move |driver, job| driver.create(&req, &job.volume)).await
     }

@@ -23,6 +23,29 @@ pub fn volume(id: &str) -> Result<VolumeId> {
     if id.is_empty() { Err(missing("volume_id")) } else { id.parse() }
 }
 
+/// The id for a new volume: its name, where that can be an id, as the names that Kubernetes gives can. CSI allows nearly any
+/// text; of another name what is plain is taken, and a number that tells it from names that look like it then.
+pub fn id_for(name: &str) -> Result<VolumeId> {
+    if name.is_empty() {
+        return Err(missing("name"));
+    }
+    let path = name.contains(['/', '\\']) || name.contains("..");
+    match name.parse() {
+        Err(e) if name.len() > VolumeId::MAX || path || name.chars().any(char::is_control) => Err(e),
+        Err(_) => {
+            let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+            let start: String = name.chars().take(100).map(plain).collect();
+            let start = Some(start.trim_matches('-')).filter(|s| !s.is_empty()).unwrap_or("volume");
+            // FNV-1a. Should two names ever become one id, the record's own name tells them apart.
+            let number = name
+                .bytes()
+                .fold(0xcbf2_9ce4_8422_2325_u64, |n, b| (n ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+            format!("{start}-{number:016x}").parse()
+        }
+        plain => plain,
+    }
+}
+
 /// An absolute path.
 pub fn path(field: &str, text: &str) -> Result<TargetPath> {
     if text.is_empty() {
@@ -351,6 +374,20 @@ mod tests {
             let e = parameters(&map(&[(key, value)])).unwrap_err();
             assert_eq!(e.kind(), Kind::Usage, "{key}");
             assert!(e.message().contains(key.trim()) && e.hint_text().is_some(), "{e}");
+        }
+    }
+
+    #[test]
+    fn any_name_that_csi_allows_has_an_id_of_its_own() {
+        let name = "pvc-0b6f2c1e-1111-4222-8333-444455556666";
+        assert_eq!(id_for(name).unwrap().as_str(), name);
+        assert_eq!(id_for("a+1").unwrap().as_str(), "a-1-e62ee81904754b9c");
+        let long = "ü".repeat(64);
+        let names = ["a+1", "a 1", "a%1", ".a", "a.", "+", "ü", &long];
+        let ids: std::collections::BTreeSet<_> = names.iter().map(|n| id_for(n).unwrap()).collect();
+        assert_eq!(ids.len(), names.len());
+        for bad in ["", "..", "../a", "a/b", "a\\b", "a\nb", "a\0", &"x".repeat(129), &"ü".repeat(65)] {
+            assert!(id_for(bad).is_err(), "{bad:?}");
         }
     }
 

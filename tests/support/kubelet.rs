@@ -167,12 +167,7 @@ impl Kubelet {
 
     /// Asks until it is so. A `fickle` one may give up after a try that failed.
     #[track_caller]
-    fn insist(
-        &mut self,
-        what: &str,
-        fickle: bool,
-        call: impl Fn(&Kubelet) -> Result<(), Status>,
-    ) -> bool {
+    fn insist(&mut self, what: &str, fickle: bool, call: impl Fn(&Kubelet) -> Result<(), Status>) -> bool {
         let began = Instant::now();
         let mut wait = WAITS.0;
         loop {
@@ -182,8 +177,8 @@ impl Kubelet {
                 if short { Duration::from_millis(self.random.random_range(5..400)) } else { PATIENCE };
             let Err(status) = call(self) else { return true };
             self.tally.retries += 1;
-            // With a hint it is the driver's own word, and must be one that a retry may help.
-            let own = status.message().contains("hint: ");
+            // So begin the driver's own words, which must be such that a retry may help.
+            let own = status.message().starts_with("volume ") || status.message().contains("hint: ");
             let retryable = [Code::Unavailable, Code::Aborted, Code::DeadlineExceeded];
             assert!(
                 !own || retryable.contains(&status.code()),
@@ -237,11 +232,8 @@ impl Kubelet {
     fn assert_holds(&self, file: u64, seed: u64) {
         // Each pod sees the same.
         let pod = self.pods.last().expect("there is one");
-        let (path, at) = if self.raw {
-            (pod.clone(), file * CHUNK as u64)
-        } else {
-            (pod.join(format!("data{file}")), 0)
-        };
+        let (path, at) =
+            if self.raw { (pod.clone(), file * CHUNK as u64) } else { (pod.join(format!("data{file}")), 0) };
         let get = || {
             let mut source = File::open(&path)?;
             // SAFETY: the descriptor is open; the call takes nothing else of ours.
