@@ -43,11 +43,12 @@ pub fn command(node: &Node, more: &[&str]) -> (Command, PathBuf) {
         "serve",
         "--endpoint",
         &endpoint,
-        "--node-id",
-        "n1",
         "--metrics-bind-address",
         "127.0.0.1:0",
     ];
+    if !more.contains(&"--node-id") {
+        words.extend(["--node-id", "n1"]);
+    }
     words.extend(more);
     let mut command = node.command(&words);
     for name in ["CSI_ENDPOINT", "METRICS_BIND_ADDRESS"] {
