@@ -19,6 +19,9 @@ _zerofsctl() {
             zerofsctl,attach)
                 cmd="zerofsctl__subcmd__attach"
                 ;;
+            zerofsctl,csi)
+                cmd="zerofsctl__subcmd__csi"
+                ;;
             zerofsctl,demo)
                 cmd="zerofsctl__subcmd__demo"
                 ;;
@@ -43,6 +46,9 @@ _zerofsctl() {
             zerofsctl,zerofs)
                 cmd="zerofsctl__subcmd__zerofs"
                 ;;
+            zerofsctl__subcmd__csi,serve)
+                cmd="zerofsctl__subcmd__csi__subcmd__serve"
+                ;;
             zerofsctl__subcmd__zerofs,versions)
                 cmd="zerofsctl__subcmd__zerofs__subcmd__versions"
                 ;;
@@ -53,7 +59,7 @@ _zerofsctl() {
 
     case "${cmd}" in
         zerofsctl)
-            opts="-o -v -h -V --output --state-dir --run-dir --zerofs-bin --verbose --log-format --help --version attach detach list show resize fsck recover zerofs demo"
+            opts="-o -v -h -V --output --state-dir --run-dir --zerofs-bin --verbose --log-format --help --version attach detach list show resize fsck recover zerofs demo csi"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -126,6 +132,126 @@ _zerofsctl() {
                     return 0
                     ;;
                 --replay-log)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --storage-url)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --output)
+                    COMPREPLY=($(compgen -W "table wide json yaml name" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "table wide json yaml name" -- "${cur}"))
+                    return 0
+                    ;;
+                --state-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --zerofs-bin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-format)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        zerofsctl__subcmd__csi)
+            opts="-h -o -v --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format serve"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --output)
+                    COMPREPLY=($(compgen -W "table wide json yaml name" -- "${cur}"))
+                    return 0
+                    ;;
+                -o)
+                    COMPREPLY=($(compgen -W "table wide json yaml name" -- "${cur}"))
+                    return 0
+                    ;;
+                --state-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --zerofs-bin)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --log-format)
+                    COMPREPLY=($(compgen -W "text json" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        zerofsctl__subcmd__csi__subcmd__serve)
+            opts="-h -o -v --endpoint --node-id --role --runtime --transport --metrics-bind-address --max-volumes --node --storage-url --config --secret --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --endpoint)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --node-id)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --role)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --runtime)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --transport)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metrics-bind-address)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-volumes)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --node)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -46,6 +46,7 @@ complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "fsck" -d 'Check
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "recover" -d 'Settle what killed commands and killed keepers left'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "zerofs" -d 'Tell what is known of ZeroFS itself'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "demo" -d 'Try it out: attach, write, detach, compare, resize, check, clean up'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "csi" -d 'Serve CSI, for Kubernetes and other orchestrators'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l target -d 'The folder to mount it at, or with --block the link to make; an empty or new one' -r -F
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l size -d 'The size of a new volume, such as 10Gi [default: 1Gi]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand attach" -l fs -d 'The filesystem of a new volume: ext4, xfs or btrfs [default: ext4]' -r
@@ -207,3 +208,39 @@ json\t'One JSON object per line'"
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -l keep -d 'Leave the volume attached at the end, and say how to take it away'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -s h -l help -d 'Print this help'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand demo" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and not __fish_seen_subcommand_from serve" -f -a "serve" -d 'Run the CSI driver zerofs.csi.driver'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l endpoint -d 'The unix socket to listen on; a stale one is replaced' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l node-id -d 'The name of this node [default: the host name]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l role -d 'What to serve: node, controller or all' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l runtime -d 'Where ZeroFS runs: process' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l transport -d 'How block devices are made: auto, fuse, or nbd (to come)' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l metrics-bind-address -d 'For /metrics, /healthz and /readyz; 0 for none' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l max-volumes -d 'The most volumes that this node takes [default: as many as it has NBD devices; no limit with fuse]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l node -d 'Another node that volumes may be published to; repeatable [default: any, for a controller by itself]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'

@@ -329,9 +329,12 @@ impl Standing {
             Step::Start(step) => self.start = stands.then(|| step.clone()),
             Step::Connect(step) => self.connect = stands.then(|| step.clone()),
             step @ (Step::Mount(_) | Step::Link(_) | Step::Bind(_)) => {
-                self.places.retain(|p| place(p) != place(step));
-                if stands {
-                    self.places.push(step.clone());
+                // What is taken again keeps its turn: a bind must come after the mount that it shows.
+                match (self.places.iter().position(|p| place(p) == place(step)), stands) {
+                    (Some(at), true) => self.places[at] = step.clone(),
+                    (Some(at), false) => drop(self.places.remove(at)),
+                    (None, true) => self.places.push(step.clone()),
+                    (None, false) => {}
                 }
             }
             _ => {}

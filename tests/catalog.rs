@@ -77,6 +77,7 @@ fn contract(store: &Store<'_>) {
     damaged_records_are_refused_and_left_alone(store);
     prefixes(store);
     deleting(store);
+    data_goes_and_only_that_of_the_volume(store);
 }
 
 fn nothing_is_none(store: &Store<'_>) {
@@ -284,6 +285,28 @@ fn deleting(store: &Store<'_>) {
     assert!(catalog.delete(&volume.id).unwrap());
     assert!(!catalog.delete(&volume.id).unwrap());
     assert!(catalog.get(&volume.id).unwrap().is_none());
+}
+
+fn data_goes_and_only_that_of_the_volume(store: &Store<'_>) {
+    let catalog = store.open();
+    let (one, ten) = (record("gone1"), record("gone10"));
+    for volume in [&one, &ten] {
+        let _ = done(catalog.create(volume).unwrap());
+        for key in [".zerofs_bucket_id", "manifest/00000000000000000001.manifest", "compacted/01ABC.sst"] {
+            (store.put)(&format!("{}/{key}", volume.id), b"x");
+        }
+    }
+    let go_on = || false;
+    let e = catalog.delete_data(&one.id, &go_on).unwrap_err();
+    assert_eq!(e.kind(), Kind::Refused, "its record does not say so yet: {e}");
+    let (read, tag) = catalog.get(&one.id).unwrap().unwrap();
+    let _ = done(catalog.update(&read.begin_delete().unwrap(), &tag).unwrap());
+    assert_eq!(catalog.delete_data(&one.id, &|| true).unwrap_err().kind(), Kind::Interrupted);
+    assert_eq!(catalog.delete_data(&one.id, &go_on).unwrap(), 3);
+    assert_eq!(catalog.delete_data(&one.id, &go_on).unwrap(), 0);
+    assert_eq!(catalog.data_prefix(&one.id).unwrap(), DataPrefix::Empty);
+    assert!(matches!(catalog.data_prefix(&ten.id).unwrap(), DataPrefix::ZeroFs(_)), "its neighbour stays");
+    assert!(catalog.delete(&one.id).unwrap());
 }
 
 fn put_file(root: &Path, key: &str, bytes: &[u8]) {

@@ -32,7 +32,10 @@ enum CsiCommand {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   zerofsctl csi serve --endpoint unix:///run/zerofs/csi.sock --node-id node1
-  zerofsctl csi serve --endpoint unix:///csi/csi.sock --role node --config zerofs.yaml --secret secrets.yaml")]
+  zerofsctl csi serve --endpoint unix:///csi/csi.sock --role node --config zerofs.yaml --secret secrets.yaml
+
+Environment:
+  CSI_ENDPOINT, NODE_ID, METRICS_BIND_ADDRESS    as the options of these names")]
 pub struct ServeArgs {
     /// The unix socket to listen on; a stale one is replaced
     #[arg(long, env = "CSI_ENDPOINT", value_name = "unix:///PATH", hide_env = true)]

@@ -23,6 +23,12 @@ pub fn plan(volume: &VolumeId, standing: &Standing, scope: &Scope, stop: StopOpt
                     .on(volume)
                     .hint(format!("see where it is: zerofsctl show {volume}")));
             }
+            let shows = |p: &Step| matches!(p, Step::Bind(bind) if bind.source.as_ref() == Some(target));
+            if let Some(bind) = standing.places.iter().find(|p| shows(p)).and_then(place) {
+                return Err(Error::new(Kind::Busy, format!("it is published from {target} at {bind}"))
+                    .on(volume)
+                    .hint(format!("take it away there first: zerofsctl detach {bind}; or everything: zerofsctl detach {volume}")));
+            }
             standing.places.len() == 1
         }
     };
