@@ -84,7 +84,7 @@ fn root_a_driver_that_is_killed_at_random_instants_does_what_its_kubelet_asks_fo
         }
         let mut random = StdRng::seed_from_u64(seed.wrapping_add(1));
         for _ in 0..kills {
-            std::thread::sleep(Duration::from_millis(random.random_range(0..1500)));
+            std::thread::sleep(Duration::from_millis(random.random_range(0..2500)));
             if stop.load(Ordering::Relaxed) {
                 break;
             }

@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use support::csi::{Mode, at_least, block, mount, parameters};
 use support::model::{Ask, Model, NODE, runtime};
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 use zerofsctl::csi::Driver;
+use zerofsctl::csi::controller::ControllerService;
+use zerofsctl::csi::proto::controller_server::Controller as _;
 use zerofsctl::csi::proto::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use zerofsctl::csi::proto::*;
 
@@ -567,4 +569,31 @@ fn a_store_that_is_away_is_unavailable_and_nothing_is_begun() {
     for ask in good() {
         bench.ask(&ask).unwrap();
     }
+}
+
+#[test]
+fn what_is_not_offered_is_never_a_success() {
+    let bench = Bench::new();
+    let controller = ControllerService(bench.driver.clone());
+    let capabilities = bench.runtime.block_on(async {
+        let offered =
+            controller.controller_get_capabilities(Request::new(ControllerGetCapabilitiesRequest {})).await;
+        let answers = [
+            controller.create_snapshot(Request::new(Default::default())).await.map(drop),
+            controller.delete_snapshot(Request::new(Default::default())).await.map(drop),
+            controller.list_snapshots(Request::new(Default::default())).await.map(drop),
+            controller.get_snapshot(Request::new(Default::default())).await.map(drop),
+            controller.get_capacity(Request::new(Default::default())).await.map(drop),
+        ];
+        for answer in answers {
+            assert_eq!(answer.expect_err("it is not offered").code(), Code::Unimplemented);
+        }
+        offered.expect("it is answered").into_inner().capabilities
+    });
+    use controller_service_capability::rpc::Type as Offered;
+    let advertised = format!("{capabilities:?}");
+    for kind in [Offered::CreateDeleteSnapshot, Offered::ListSnapshots, Offered::GetCapacity, Offered::CloneVolume] {
+        assert!(!advertised.contains(&format!("{kind:?}")), "{kind:?}: {advertised}");
+    }
+    assert!(advertised.contains(&format!("{:?}", Offered::ExpandVolume)), "{advertised}");
 }

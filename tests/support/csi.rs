@@ -109,7 +109,8 @@ impl Driver {
         let mut found = None;
         wait_until("the driver tells its metrics' address", LIMIT, || {
             let log = self.log();
-            let at = log.rfind("http://").map(|at| &log[at + 7..]);
+            let mark = "metrics on http://";
+            let at = log.rfind(mark).map(|at| &log[at + mark.len()..]);
             found = at.and_then(|rest| rest.split("/metrics").next()?.parse().ok());
             found.is_some()
         });
