@@ -157,7 +157,9 @@ fn root_every_series_is_there_from_the_start_and_counts() {
             .collect();
         assert_eq!(found, expected, "{name}");
     }
-    for name in ["zerofs_restarts_total", "recovered_volumes_total", "io_stall_seconds_total", "attached_volumes"] {
+    for name in
+        ["zerofs_restarts_total", "recovered_volumes_total", "io_stall_seconds_total", "attached_volumes"]
+    {
         assert_eq!(before.value(name, &[]), 0.0, "{name}");
     }
 
@@ -192,9 +194,14 @@ fn root_every_series_is_there_from_the_start_and_counts() {
     ] {
         let count = after.value("node_operation_seconds_count", &of(operation, stage));
         assert_eq!(count, times, "{operation} {stage}");
-        assert!(after.value("node_operation_seconds_sum", &of(operation, stage)) > 0.0, "{operation} {stage}");
+        assert!(
+            after.value("node_operation_seconds_sum", &of(operation, stage)) > 0.0,
+            "{operation} {stage}"
+        );
     }
-    for (operation, times) in [("NodeStageVolume", 1.0), ("NodeUnpublishVolume", 1.0), ("NodePublishVolume", 0.0)] {
+    for (operation, times) in
+        [("NodeStageVolume", 1.0), ("NodeUnpublishVolume", 1.0), ("NodePublishVolume", 0.0)]
+    {
         assert_eq!(after.value("node_errors_total", &of(operation, "total")), times, "{operation}");
     }
     assert!(after.value("io_stall_seconds_total", &[]) > 0.0);

@@ -11,7 +11,7 @@ use crate::values::ByteSize;
 /// What CreateVolume asked for, so that the same request is known again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provision {
-    /// The name that it was asked for by, where that is not its id.
+    /// The name that was asked for, where the id is another.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Handed out as a raw device.

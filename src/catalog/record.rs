@@ -240,6 +240,10 @@ pub struct Claim {
 
 /// What a release comes to.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one of them at a time, and it is taken apart at once"
+)]
 pub enum Release {
     /// The record to write.
     Done(VolumeRecord),

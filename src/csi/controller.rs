@@ -12,7 +12,7 @@ use super::proto::*;
 use super::request::{self, missing};
 use super::{Driver, Refusal, Rpc};
 use crate::catalog::{Catalog, DataPrefix, Provision, Published, State, Tag, VolumeRecord, Written};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, Result as OurResult};
 use crate::journal::{Journal, Standing};
 use crate::values::{ByteSize, FsType, VolumeId};
 
@@ -583,7 +583,7 @@ pub(super) use print_of;
 impl Controller for ControllerService {
     async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<CreateVolumeResponse> {
         let req = request.into_inner();
-        let id = request::id_for(&req.name);
+        let id: OurResult<VolumeId> = request::volume_of_name(&req.name);
         let print = print_of!(req);
         self.0.call(Rpc::CreateVolume, id, print, move |driver, job| driver.create(&req, &job.volume)).await
     }

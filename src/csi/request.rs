@@ -23,27 +23,25 @@ pub fn volume(id: &str) -> Result<VolumeId> {
     if id.is_empty() { Err(missing("volume_id")) } else { id.parse() }
 }
 
-/// The id for a new volume: its name, where that can be an id, as the names that Kubernetes gives can. CSI allows nearly any
-/// text; of another name what is plain is taken, and a number that tells it from names that look like it then.
-pub fn id_for(name: &str) -> Result<VolumeId> {
+/// The id of the volume with this name: the name itself where it can be one, as every name that Kubernetes gives; else
+/// its plain characters and a hash of it. The record keeps such a name, so that two that meet in one id are told apart.
+pub fn volume_of_name(name: &str) -> Result<VolumeId> {
     if name.is_empty() {
         return Err(missing("name"));
     }
-    let path = name.contains(['/', '\\']) || name.contains("..");
-    match name.parse() {
-        Err(e) if name.len() > VolumeId::MAX || path || name.chars().any(char::is_control) => Err(e),
-        Err(_) => {
-            let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-            let start: String = name.chars().take(100).map(plain).collect();
-            let start = Some(start.trim_matches('-')).filter(|s| !s.is_empty()).unwrap_or("volume");
-            // FNV-1a. Should two names ever become one id, the record's own name tells them apart.
-            let number = name
-                .bytes()
-                .fold(0xcbf2_9ce4_8422_2325_u64, |n, b| (n ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-            format!("{start}-{number:016x}").parse()
-        }
-        plain => plain,
+    if name.len() > VolumeId::MAX || name.contains("..") || name.chars().any(|c| c.is_control() || c == '/') {
+        // Says what is wrong with it.
+        return name.parse().and_then(|_: VolumeId| Err(Error::usage("the name cannot be used")));
     }
+    name.parse().or_else(|_| {
+        let plain: String =
+            name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
+        // FNV-1a, which is the same everywhere and for ever.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("v-{}-{hash:016x}", plain.trim_matches('-')).parse()
+    })
 }
 
 /// An absolute path.
@@ -378,20 +376,6 @@ mod tests {
     }
 
     #[test]
-    fn any_name_that_csi_allows_has_an_id_of_its_own() {
-        let name = "pvc-0b6f2c1e-1111-4222-8333-444455556666";
-        assert_eq!(id_for(name).unwrap().as_str(), name);
-        assert_eq!(id_for("a+1").unwrap().as_str(), "a-1-e62ee81904754b9c");
-        let long = "ü".repeat(64);
-        let names = ["a+1", "a 1", "a%1", ".a", "a.", "+", "ü", &long];
-        let ids: std::collections::BTreeSet<_> = names.iter().map(|n| id_for(n).unwrap()).collect();
-        assert_eq!(ids.len(), names.len());
-        for bad in ["", "..", "../a", "a/b", "a\\b", "a\nb", "a\0", &"x".repeat(129), &"ü".repeat(65)] {
-            assert!(id_for(bad).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
     fn only_single_node_modes_are_served() {
         let with = |mode: i32, access_type| VolumeCapability {
             access_mode: Some(AccessMode { mode }),
@@ -421,6 +405,18 @@ mod tests {
             ..Default::default()
         };
         assert!(capability(Some(&with(1, AccessType::Mount(m)))).is_err());
+    }
+
+    #[test]
+    fn every_name_has_one_id() {
+        assert_eq!(volume_of_name("pvc-1").unwrap().as_str(), "pvc-1");
+        let plus = volume_of_name("vol+1").unwrap();
+        assert!(plus.as_str().starts_with("v-vol1-"), "{plus}");
+        assert_ne!(plus, volume_of_name("vol*1").unwrap());
+        assert!(volume_of_name(&"ä".repeat(64)).is_ok());
+        for bad in ["", "../x", "a/b", "a\nb", &"x".repeat(129)] {
+            assert!(volume_of_name(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

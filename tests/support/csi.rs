@@ -38,14 +38,7 @@ pub struct Driver {
 pub fn command(node: &Node, more: &[&str]) -> (Command, PathBuf) {
     let socket = node.dir.join("csi.sock");
     let endpoint = format!("unix://{}", socket.display());
-    let mut words = vec![
-        "csi",
-        "serve",
-        "--endpoint",
-        &endpoint,
-        "--metrics-bind-address",
-        "127.0.0.1:0",
-    ];
+    let mut words = vec!["csi", "serve", "--endpoint", &endpoint, "--metrics-bind-address", "127.0.0.1:0"];
     if !more.contains(&"--node-id") {
         words.extend(["--node-id", "n1"]);
     }
