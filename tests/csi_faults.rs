@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, umount2};
 use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
-use support::csi::{Client, Driver, Mode, mount};
+use support::csi::{Client, Driver, Mode, at_least, block, mount, parameters};
 use support::dir::TestDir;
 use support::require_program;
 use tonic::Code;
+use zerofsctl::csi::proto::CreateVolumeRequest;
 
 const MIB: i64 = 1 << 20;
 const RWO: Mode = Mode::SingleNodeWriter;
@@ -195,4 +196,44 @@ fn root_a_killed_zerofs_is_a_stall_for_the_pods_and_their_mounts_stay() {
     assert_holds(&file, &pattern(rounds, 96 * 1024), "in the end");
     assert_eq!(mount_number(&scene.pod), number, "the same mount");
     scene.end("after three deaths of ZeroFS");
+}
+
+#[test]
+fn root_a_copy_of_the_mounts_in_another_namespace_holds_no_unstage_up() {
+    let node = Node::new();
+    let driver = Driver::start(&node, &[]);
+    let client = driver.client();
+    let made = client.create(CreateVolumeRequest {
+        name: "raw".into(),
+        capacity_range: at_least(32 * MIB),
+        volume_capabilities: vec![block(RWO)],
+        parameters: parameters(&[("deleteDataOnPVCDelete", "true")]),
+        ..Default::default()
+    });
+    made.unwrap();
+    let (staging, pods) = (node.dir.join("staging"), node.dir.join("pods"));
+    for folder in [&staging, &pods] {
+        fs::create_dir(folder).unwrap();
+    }
+    client.stage("raw", &staging, block(RWO)).unwrap();
+    client.publish("raw", &staging, &pods.join("a"), block(RWO), false).unwrap();
+    // As a container that starts meanwhile: it has a copy of every mount for as long as it lives.
+    let mut container = Command::new(require_program("unshare"))
+        .args(["--mount", "--propagation", "private", "sleep", "600"])
+        .current_dir("/")
+        .spawn()
+        .unwrap();
+    let own = fs::read_link("/proc/self/ns/mnt").unwrap();
+    let its = format!("/proc/{}/ns/mnt", container.id());
+    support::wait_until("the container has its own mounts", Duration::from_secs(30), || {
+        fs::read_link(&its).is_ok_and(|ns| ns != own)
+    });
+    client.unpublish("raw", &pods.join("a")).unwrap();
+    let unstaged = client.unstage("raw", &staging);
+    container.kill().unwrap();
+    container.wait().unwrap();
+    unstaged.unwrap();
+    client.delete("raw").unwrap();
+    assert!(driver.stop().success());
+    node.assert_nothing_left("after a container with copies of the mounts");
 }

@@ -90,9 +90,18 @@ impl Machine {
         self.client.publish("v", &self.staging, &self.pod, mount(RWO), false).unwrap();
     }
 
+    /// As a kubelet does: a flush to a slow store takes what it takes.
     fn down(&self) {
-        self.client.unpublish("v", &self.pod).unwrap();
-        self.client.unstage("v", &self.staging).unwrap();
+        let patiently = |what: &str, call: &dyn Fn() -> Result<(), tonic::Status>| {
+            wait_until(what, 3 * LIMIT, || {
+                let answer = call();
+                let wait = [Code::Unavailable, Code::Aborted, Code::DeadlineExceeded];
+                assert!(answer.as_ref().err().is_none_or(|s| wait.contains(&s.code())), "{what}: {answer:?}");
+                answer.is_ok()
+            });
+        };
+        patiently("it is unpublished", &|| self.client.unpublish("v", &self.pod));
+        patiently("it is unstaged", &|| self.client.unstage("v", &self.staging));
     }
 
     fn end(self, when: &str) {
