@@ -11,8 +11,11 @@ pub mod dir;
 pub mod fio;
 pub mod http;
 pub mod keeper;
+pub mod kubelet;
+pub mod model;
 pub mod moto;
 pub mod proxy;
+pub mod sanity;
 pub mod zerofs;
 
 use std::path::{Path, PathBuf};
