@@ -14,11 +14,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rand::Rng;
 use rand::rngs::StdRng;
-use support::cli::{Node, Victim};
-use support::ledger::{Ledger, Promise, drop_caches, fio, judge, print_stalls, reading, rng, stalls, writing};
+use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
+use support::ledger::{
+    Ledger, Promise, drop_caches, fio, judge, print_stalls, reading, rng, stalls, writing,
+};
 use support::vm::{Baseline, KernelLog, require_nbd};
 use support::watch::Watch;
-use support::rounds;
+use support::{is_long, rounds, wait_until};
 use zerofsctl::host::nbd::{netlink, sysfs};
 use zerofsctl::keeper::client::KeeperClient;
 use zerofsctl::keeper::control::State;
@@ -55,7 +57,8 @@ impl Lab {
 
     /// How many requests the device has answered.
     fn answered(&self) -> u64 {
-        let text = fs::read_to_string(format!("/sys/block/nbd{}/stat", self.index)).expect("it has statistics");
+        let text =
+            fs::read_to_string(format!("/sys/block/nbd{}/stat", self.index)).expect("it has statistics");
         let fields: Vec<u64> = text.split_whitespace().map(|f| f.parse().expect("a number")).collect();
         // Reads, writes, discards and flushes.
         [0, 4, 11, 15].iter().filter_map(|i| fields.get(*i)).sum()
@@ -139,7 +142,9 @@ impl Lab {
             faults.push(format!("ext4's count of errors is {errors:?}"));
         }
         // "I/O error, dev nbd0", "Buffer I/O error on dev nbd0", "EXT4-fs error (device nbd0)".
-        faults.extend(self.kernel.lines().into_iter().filter(|l| l.contains("I/O error") || l.contains("-fs error")));
+        faults.extend(
+            self.kernel.lines().into_iter().filter(|l| l.contains("I/O error") || l.contains("-fs error")),
+        );
         faults
     }
 
@@ -157,11 +162,15 @@ impl Lab {
         let folder = self.node.run_root().join("volumes/vol1");
         text += &format!("--- status\n{:#?}\n", KeeperClient::connect(&folder).and_then(|mut k| k.status()));
         for name in ["stat", "inflight", "queue/io_timeout"] {
-            let value = fs::read_to_string(format!("/sys/block/nbd{}/{name}", self.index)).unwrap_or_default();
+            let value =
+                fs::read_to_string(format!("/sys/block/nbd{}/{name}", self.index)).unwrap_or_default();
             text += &format!("--- {name}: {}\n", value.trim());
         }
         text += &format!("--- kernel\n{}\n", last(&self.kernel.lines().join("\n"), 60));
-        text += &format!("--- watcher\n{}\n", fs::read_to_string(self.node.dir.join("watch.log")).unwrap_or_default());
+        text += &format!(
+            "--- watcher\n{}\n",
+            fs::read_to_string(self.node.dir.join("watch.log")).unwrap_or_default()
+        );
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             for thread in fs::read_dir(entry.path().join("task")).into_iter().flatten().flatten() {
                 let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
@@ -303,7 +312,10 @@ fn kills_are_stalls(victim: Victim) {
     assert_eq!(device(&lab.node), lab.index, "the same device");
     assert!(!tally.first.is_empty(), "kills without a stall were no kills");
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    println!("{victim:?}: {count} of {count} kills without an error or a lost write; load average {}", load.trim());
+    println!(
+        "{victim:?}: {count} of {count} kills without an error or a lost write; load average {}",
+        load.trim()
+    );
     print_stalls("kill to serving again", &mut tally.restarts);
     print_stalls("kill to the first answer", &mut tally.first);
     print_stalls("of that, beyond the restart", &mut tally.beyond);
@@ -324,4 +336,205 @@ fn nbd_a_killed_keeper_under_a_verifying_load_is_a_stall_and_nothing_else() {
 #[test]
 fn nbd_keeper_and_zerofs_killed_under_a_verifying_load_are_a_stall_and_nothing_else() {
     kills_are_stalls(Victim::Both);
+}
+
+// ---- The direct path.
+
+/// What an attached volume on the direct path comes to when `victim` is killed under a verifying load. Whether its
+/// device failed.
+fn direct_round(lab: &mut Lab, victim: Victim, rng: &mut StdRng) -> bool {
+    let path = |name: &str| lab.target().join(name);
+    for name in ["load", "ledger"] {
+        let _ = fs::remove_file(path(name));
+    }
+    let ledger = Ledger::new(path("ledger"), 256).start(rng.random(), 8);
+    // Reads back what it wrote while it goes on, so that wrong data would be seen before an error hides it.
+    let load = fio(lab.node.dir.path(), &path("load"))
+        .set("rw", "randwrite")
+        .set("direct", 1)
+        .set("ioengine", "libaio")
+        .set("iodepth", 16)
+        .set("rate_iops", 350)
+        .set("verify_backlog", 64)
+        .start();
+    std::thread::sleep(rng.random_range(SECOND / 4..2 * SECOND));
+    let (keepers, servers) = lab.node.processes();
+    let dead = match victim {
+        Victim::Keeper => keepers,
+        Victim::Zerofs => servers,
+        _ => [keepers, servers].concat(),
+    };
+    for pid in &dead {
+        kill(Pid::from_raw(*pid), Signal::SIGKILL).expect("it runs");
+    }
+    if victim == Victim::Keeper {
+        // The kernel speaks to ZeroFS, which lives on.
+        load.finish(LIMIT).assert_clean();
+        let ledger = ledger.stop();
+        assert_eq!(ledger.error, None);
+        wait_until("the next keeper is there", LIMIT, || lab.node.found("vol1")["state"] == "attached");
+        drop_caches(&lab.target()).expect("the filesystem can be synced");
+        assert_eq!(ledger.check(Promise::Acknowledged), Vec::<String>::new());
+        assert_eq!(lab.faults(), Vec::<String>::new());
+        return false;
+    }
+    let report = load.finish(LIMIT);
+    let wrong = !report.verify_failures.is_empty() || report.errno == i64::from(libc::EILSEQ);
+    assert!(!wrong, "wrong data was read: {report:#?}");
+    wait_until("the ledger gets an error", LIMIT, || ledger.thread.is_finished());
+    wait_until("the device fails", LIMIT, || lab.node.found("vol1")["state"] == "broken");
+    let ledger = ledger.thread.join().expect("the ledger's thread does not panic");
+    assert!(ledger.error.is_some(), "it ended without an error");
+    lab.node.ok(&["recover", "vol1"]);
+    lab.index = device(&lab.node);
+    lab.kernel = KernelLog::from_now();
+    assert_eq!(ledger.check(Promise::Synced), Vec::<String>::new());
+    assert_eq!(lab.faults(), Vec::<String>::new());
+    true
+}
+
+#[test]
+fn nbd_the_direct_path_under_the_same_kills_fails_or_is_clean_and_never_reads_wrong_data() {
+    let count = rounds(3, 50);
+    let mut lab = Lab::new(&["--size", "256Mi", "--path", "direct"]);
+    let mut rng = rng("the direct path");
+    let mut failed = 0;
+    for n in 0..count {
+        let victim = [Victim::Zerofs, Victim::Keeper, Victim::Both][n as usize % 3];
+        failed += u32::from(direct_round(&mut lab, victim, &mut rng));
+    }
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!(
+        "direct path: {failed} of {count} kills failed the device, none read wrong data; load {}",
+        load.trim()
+    );
+    lab.end(&[]);
+}
+
+// ---- A server that stays away.
+
+/// Nothing can be started any more: what the store is in has another place.
+fn hide_the_store(node: &Node) {
+    let store = node.state().join("store");
+    fs::rename(&store, node.state().join("store.away")).expect("the state folder can be written");
+    fs::write(&store, b"not a folder").expect("the state folder can be written");
+}
+
+fn show_the_store(node: &Node) {
+    let store = node.state().join("store");
+    fs::remove_file(&store).expect("the state folder can be written");
+    fs::rename(node.state().join("store.away"), &store).expect("the state folder can be written");
+}
+
+#[test]
+fn nbd_a_server_that_is_gone_for_long_and_comes_back_is_a_stall_and_nothing_else() {
+    let away = Duration::from_secs(if is_long() { 120 } else { 20 });
+    let lab = Lab::new(&["--size", "256Mi"]);
+    let mut rng = rng("gone for long");
+    let job = || fio(lab.node.dir.path(), &lab.target().join("direct"));
+    let ledger = Ledger::new(lab.target().join("ledger"), 256).start(rng.random(), 16);
+    let load = writing(job(), true, 32).start();
+    std::thread::sleep(SECOND);
+    hide_the_store(&lab.node);
+    let at = Instant::now();
+    assert!(lab.node.kill(Victim::Both));
+    std::thread::sleep(away);
+    assert!(!ledger.thread.is_finished(), "I/O failed while the server was away");
+    show_the_store(&lab.node);
+    wait_until("the device is served again", LIMIT, || lab.serves_again(&[]));
+    let restart = at.elapsed() - away;
+    let mut faults = Vec::new();
+    judge("direct writes", &load.finish(LIMIT), &mut faults);
+    let ledger = ledger.stop();
+    faults.extend(ledger.error.clone());
+    drop_caches(&lab.target()).expect("the filesystem can be synced");
+    judge("reading", &reading(job(), true).run(LIMIT), &mut faults);
+    faults.extend(ledger.check(Promise::Acknowledged));
+    faults.extend(lab.faults());
+    assert!(faults.is_empty(), "{faults:#?}");
+    let stall = stalls(&[at], &ledger.times);
+    assert!(stall.iter().any(|s| *s >= away), "it was not away: {stall:?}");
+    println!("gone for {away:?}: served again {restart:.2?} after its store was back, stall {stall:.2?}");
+    lab.end(&["direct"]);
+}
+
+#[test]
+fn nbd_a_server_that_is_gone_for_ever_lets_a_detach_end_and_it_says_what_was_lost() {
+    let mut lab = Lab::new(&["--size", "256Mi"]);
+    if let Some(watch) = lab.watch.take() {
+        watch.stop();
+    }
+    let node = &lab.node;
+    let bytes = pattern(3, 2 << 20);
+    write_durably(&target(node).join("synced"), &bytes);
+    hide_the_store(node);
+    assert!(node.kill(Victim::Both));
+    // In the page cache, and nowhere else.
+    fs::write(target(node).join("cached"), &bytes).expect("the page cache takes it");
+    let began = Instant::now();
+    let refused = node.run(&["detach", "vol1", "--stop-timeout", "3s"]);
+    println!("{:.1?}: {refused:#?}", began.elapsed());
+    let began = Instant::now();
+    let forced = node.run(&["detach", "vol1", "--stop-timeout", "3s", "--force"]);
+    println!("{:.1?}: {forced:#?}", began.elapsed());
+    lab.before.assert_back();
+    show_the_store(node);
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("once the store is back");
+    attach(node, &[]);
+    assert_holds(&target(node).join("synced"), &bytes, "what was synced is there");
+    node.ok(&["detach", "vol1"]);
+    lab.before.assert_back();
+}
+
+// ---- Two run folders.
+
+#[test]
+fn nbd_two_run_folders_with_a_volume_of_one_name_keep_to_their_own_devices() {
+    require_nbd();
+    let before = Baseline::take();
+    let nodes = [Node::new(), Node::new()];
+    let contents = [pattern(1, 2 << 20), pattern(2, 2 << 20)];
+    for (node, bytes) in nodes.iter().zip(&contents) {
+        attach(node, &["--size", "256Mi"]);
+        write_durably(&target(node).join("data"), bytes);
+    }
+    let devices = nodes.each_ref().map(device);
+    assert_ne!(devices[0], devices[1]);
+    for index in devices {
+        assert_eq!(sysfs::one(index).unwrap().unwrap().backend.as_deref(), Some("zerofs:vol1"));
+    }
+    let both_hold = |when: &str| {
+        for ((node, bytes), index) in nodes.iter().zip(&contents).zip(devices) {
+            assert_eq!(node.found("vol1")["state"], "attached", "{when}");
+            assert_eq!(device(node), index, "{when}");
+            assert_holds(&target(node).join("data"), bytes, when);
+        }
+    };
+    let watches = nodes.each_ref().map(Watch::start);
+    for (times, victim) in [(1, Victim::Keeper), (2, Victim::Both)] {
+        for node in &nodes {
+            assert!(node.kill(victim));
+        }
+        for watch in &watches {
+            watch.wait_for("took-over", times);
+        }
+        both_hold(&format!("after a kill of {victim:?}"));
+    }
+    watches.into_iter().for_each(Watch::stop);
+
+    // One goes and comes back; the other never notices, nor does a collector take it for a leak of its own.
+    nodes[0].ok(&["detach", "vol1"]);
+    assert_eq!(Baseline::take().count(), before.count() + 1);
+    nodes[0].ok(&["nbd", "gc", "--older-than", "0s", "--yes"]);
+    assert_eq!(nodes[1].found("vol1")["state"], "attached");
+    assert_holds(&target(&nodes[1]).join("data"), &contents[1], "after the other's detach and gc");
+    attach(&nodes[0], &[]);
+    assert_ne!(device(&nodes[0]), devices[1]);
+    assert_holds(&target(&nodes[0]).join("data"), &contents[0], "attached again");
+    for node in &nodes {
+        node.ok(&["detach", "vol1"]);
+        node.assert_nothing_left("at the end");
+    }
+    before.assert_back();
 }
