@@ -317,7 +317,7 @@ fn vm_nbd_read_only_a_taken_index_and_a_wrong_backend_are_refused_by_the_kernel(
     assert!(sysfs::one(disk.index).unwrap().unwrap().read_only);
     let file = File::options().write(true).open(disk.device());
     assert!(file.and_then(|f| f.write_all_at(&[1; 512], 0)).is_err());
-    assert_eq!(sysfs::find("zerofs:vol1").unwrap().unwrap().index, disk.index);
+    assert_eq!(sysfs::named("zerofs:vol1").unwrap()[0].index, disk.index);
     let status = netlink::status(Some(disk.index)).unwrap();
     assert_eq!(status, [netlink::Status { index: disk.index, connected: true }]);
     assert!(netlink::status(None).unwrap().len() >= 16);

@@ -116,7 +116,7 @@ impl Record {
     pub fn device(&self, backend: &str) -> Result<Option<NbdDevice>> {
         match self.index {
             Some(index) => Ok(sysfs::one(index)?.filter(|d| self.fits(d, backend))),
-            None => self.among(sysfs::all()?, backend),
+            None => self.among(sysfs::named(backend)?, backend),
         }
     }
 
@@ -127,11 +127,10 @@ impl Record {
             && self.pid.is_none_or(|pid| device.pid == Some(pid))
     }
 
-    /// The one that was connected by a keeper that did not come to write its index down.
+    /// Of the devices with our identifier, the one that was connected by a keeper that did not come to write its index down.
     fn among(&self, devices: Vec<NbdDevice>, backend: &str) -> Result<Option<NbdDevice>> {
-        let mut fitting = devices
-            .into_iter()
-            .filter(|d| d.backend.is_some() && self.fits(d, backend) && !self.others.contains(&d.index));
+        let mut fitting =
+            devices.into_iter().filter(|d| self.fits(d, backend) && !self.others.contains(&d.index));
         let first = fitting.next();
         if let (Some(first), Some(second)) = (&first, fitting.next()) {
             return Err(Error::refused(format!(
@@ -266,8 +265,7 @@ impl Shared {
                 .hint("grow it: zerofsctl resize VOLUME SIZE"));
         }
         let backend = self.backend();
-        let named_so = |d: &NbdDevice| d.connected && d.backend.as_deref() == Some(&backend);
-        let others: Vec<u32> = sysfs::all()?.iter().filter(|d| named_so(d)).map(|d| d.index).collect();
+        let others: Vec<u32> = sysfs::named(&backend)?.iter().map(|d| d.index).collect();
         if !others.is_empty() {
             warn!("there are other devices that say they are {backend}: {others:?}; they are left alone");
         }
@@ -847,7 +845,7 @@ mod tests {
         let found = |record: &Record, devices: &[NbdDevice]| {
             record.among(devices.to_vec(), "zerofs:vol1").map(|d| d.map(|d| d.index))
         };
-        let all = [device(1, 9, ours), device(2, 7, None), device(4, 7, ours), device(5, 7, ours)];
+        let all = [device(1, 9, ours), device(2, 8, ours), device(4, 7, ours), device(5, 7, ours)];
         assert_eq!(found(&killed, &all).unwrap(), Some(5), "4 was there before");
         assert_eq!(found(&killed, &all[..3]).unwrap(), None);
         let nobody_knows = Record { pid: None, ..killed };
