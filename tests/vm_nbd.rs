@@ -202,6 +202,38 @@ fn vm_nbd_a_keeper_killed_while_it_takes_over_is_followed_by_one_that_succeeds()
 }
 
 #[test]
+fn vm_nbd_a_keeper_killed_before_it_knew_the_index_is_followed_by_one_that_knows_its_device_again() {
+    let v = Volume::new();
+    let disk = Disk::attach(&v, &ConnectOptions::default());
+    // What the keeper writes down before it connects is what the kernel shows then.
+    assert!(!v.logs().contains("was connected by"), "{}", v.logs());
+    let path = v.config.run_dir.join("nbd.json");
+    let forget_the_index = |by: i64| {
+        let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        record["index"] = serde_json::Value::Null;
+        record["pid"] = (record["pid"].as_i64().unwrap() + by).into();
+        fs::write(&path, record.to_string()).unwrap();
+    };
+    disk.kill_keeper();
+    forget_the_index(0);
+    disk.next_keeper(1);
+    assert_eq!(disk.status().index, Some(disk.index));
+    // What another process connected is another run folder's, whatever its name.
+    disk.kill_keeper();
+    forget_the_index(1);
+    start(&v.config);
+    wait_until("the record is gone", LONG, || !path.exists());
+    assert_eq!(client(&v.config).status().unwrap().nbd, None);
+    assert!(sysfs::one(disk.index).unwrap().unwrap().connected, "it was left alone");
+    let (other, _) = client(&v.config).within(LONG).connect_nbd(&ConnectOptions::default()).unwrap();
+    assert_ne!(other, disk.index);
+    client(&v.config).within(LONG).disconnect(false).unwrap();
+    assert!(sysfs::one(disk.index).unwrap().unwrap().connected, "it was left alone");
+    nbd::disconnect_and_wait(disk.index, LONG).unwrap();
+    stop(&v.config);
+}
+
+#[test]
 fn vm_nbd_a_device_grows_while_it_is_mounted_and_never_shrinks() {
     let v = Volume::new();
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
