@@ -39,7 +39,7 @@ test-nbd: ## The same on this machine: needs root and the kernel's nbd module (m
 
 # Everything that takes long, with full counts: PART is one or more of the parts that scripts/test-long lists.
 PART ?= all
-test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model"): needs root
+test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills"): needs root
 	@scripts/setup test
 	scripts/test-long $(PART)
 

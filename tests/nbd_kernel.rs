@@ -73,7 +73,7 @@ fn nbd_smoke_a_device_on_four_sockets_takes_data_and_goes_away() {
         let queue = format!("/sys/block/nbd{index}/queue");
         assert_eq!(fs::read_to_string(format!("{queue}/logical_block_size")).unwrap().trim(), "4096");
         assert_eq!(netlink::status(Some(index)).unwrap(), [netlink::Status { index, connected: true }]);
-        assert_eq!(sysfs::find("zerofs:smoke").unwrap().unwrap().index, index);
+        assert_eq!(sysfs::named("zerofs:smoke").unwrap(), [state]);
 
         let file = device.open_direct();
         for n in [0, 7, 16383] {
@@ -88,7 +88,7 @@ fn nbd_smoke_a_device_on_four_sockets_takes_data_and_goes_away() {
         device.disconnect();
         assert_free(index);
         assert_eq!(netlink::status(Some(index)).unwrap(), [netlink::Status { index, connected: false }]);
-        assert_eq!(sysfs::find("zerofs:smoke").unwrap(), None);
+        assert_eq!(sysfs::named("zerofs:smoke").unwrap(), []);
         // What is free is no error.
         netlink::disconnect(index).unwrap();
     });
@@ -353,7 +353,7 @@ fn nbd_kernel_carries_64_devices_at_once_and_each_keeps_its_own_data() {
         let indices: BTreeSet<u32> = devices.iter().map(Device::index).collect();
         assert_eq!(indices.len() as u64, DEVICES);
         for (n, (device, name)) in devices.iter().zip(names).enumerate() {
-            assert_eq!(sysfs::find(name).unwrap().unwrap().index, device.index());
+            assert_eq!(sysfs::named(name).unwrap(), [device.state()]);
             Block::of(n as u8 + 1).write(&device.open_direct(), n as u64).unwrap();
         }
         let connected: BTreeSet<u32> =

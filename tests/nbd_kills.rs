@@ -14,13 +14,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rand::Rng;
 use rand::rngs::StdRng;
-use support::cli::{Node, Victim};
+use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
+use support::fio::FioJob;
 use support::ledger::{
     Ledger, Promise, drop_caches, fio, judge, print_stalls, reading, rng, stalls, writing,
 };
-use support::rounds;
 use support::vm::{Baseline, KernelLog, require_nbd};
 use support::watch::Watch;
+use support::{is_long, rounds, wait_until};
 use zerofsctl::host::nbd::{netlink, sysfs};
 use zerofsctl::keeper::client::KeeperClient;
 use zerofsctl::keeper::control::State;
@@ -195,7 +196,7 @@ impl Lab {
         node.ok(&["fsck", "vol1"]);
         attach(node, &[]);
         for file in files {
-            reading(fio(node.dir.path(), &target(node).join(file)), true).run(LIMIT).assert_clean();
+            reading(job(&self, file), true).run(LIMIT).assert_clean();
         }
         node.ok(&["detach", "vol1"]);
         before.assert_back();
@@ -248,19 +249,23 @@ struct Tally {
     beyond: Vec<Duration>,
     /// From the kill to the answer of a request that was on its way.
     under_way: Vec<Duration>,
+    /// The same without the restart's own time.
+    sent_again: Vec<Duration>,
+}
+
+/// fio's job for a file. Small, and with few flushes: ZeroFS keeps what its compactions leave for minutes, and the store is
+/// in the memory of the machine. One that is full is a stall for as long as it is, as it should be.
+fn job(lab: &Lab, name: &str) -> FioJob {
+    fio(lab.node.dir.path(), &lab.target().join(name)).set("size", "4m")
 }
 
 /// A verifying load, direct and buffered with fsync, during which `victim` is killed again and again; then everything is
 /// read back, on the same mount.
 fn round(lab: &Lab, victim: Victim, at_most: u32, rng: &mut StdRng, tally: &mut Tally) {
-    let job = |name: &str| fio(lab.node.dir.path(), &lab.target().join(name));
-    for name in ["direct", "buffered", "ledger"] {
-        let _ = fs::remove_file(lab.target().join(name));
-    }
-    let sync_every = if rng.random() { 0 } else { 32 };
-    let ledger = Ledger::new(lab.target().join("ledger"), 256).start(rng.random(), sync_every);
-    let mut direct = writing(job("direct"), true, 0).start();
-    let mut buffered = writing(job("buffered"), false, 16).start();
+    // Without an fsync of its own: its times are those of single writes.
+    let ledger = Ledger::new(lab.target().join("ledger"), 256).start(rng.random(), 0);
+    let mut direct = writing(job(lab, "direct"), true, 0).start();
+    let mut buffered = writing(job(lab, "buffered"), false, 64).start();
     let (began, mut blows) = (Instant::now(), Vec::new());
     while direct.running() || buffered.running() {
         std::thread::sleep(rng.random_range(SECOND / 5..SECOND));
@@ -279,7 +284,7 @@ fn round(lab: &Lab, victim: Victim, at_most: u32, rng: &mut StdRng, tally: &mut 
         faults.push(format!("sync: {e}"));
     }
     for name in ["direct", "buffered"] {
-        judge(&format!("reading {name}"), &reading(job(name), true).run(LIMIT), &mut faults);
+        judge(&format!("reading {name}"), &reading(job(lab, name), true).run(LIMIT), &mut faults);
     }
     faults.extend(ledger.check(Promise::Acknowledged));
     faults.extend(lab.faults());
@@ -295,21 +300,24 @@ fn round(lab: &Lab, victim: Victim, at_most: u32, rng: &mut StdRng, tally: &mut 
         tally.restarts.push(blow.restart);
         tally.first.extend(blow.io);
         tally.beyond.extend(blow.io.map(|io| io.saturating_sub(blow.restart)));
+        for stall in stalls(&[blow.at], &ledger.times) {
+            tally.under_way.push(stall);
+            tally.sent_again.push(stall.saturating_sub(blow.restart));
+        }
     }
-    let instants: Vec<Instant> = blows.iter().map(|b| b.at).collect();
-    tally.under_way.extend(stalls(&instants, &ledger.times));
 }
 
 fn kills_are_stalls(victim: Victim) {
     let count = rounds(3, 50);
-    let lab = Lab::new(&["--size", "256Mi"]);
     let mut rng = rng("kills");
     let mut tally = Tally::default();
     while tally.kills < count {
         let left = count - tally.kills;
+        let lab = Lab::new(&["--size", "256Mi"]);
         round(&lab, victim, left, &mut rng, &mut tally);
+        assert_eq!(device(&lab.node), lab.index, "the same device");
+        lab.end(&["direct", "buffered"]);
     }
-    assert_eq!(device(&lab.node), lab.index, "the same device");
     assert!(!tally.first.is_empty(), "kills without a stall were no kills");
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!(
@@ -320,7 +328,7 @@ fn kills_are_stalls(victim: Victim) {
     print_stalls("kill to the first answer", &mut tally.first);
     print_stalls("of that, beyond the restart", &mut tally.beyond);
     print_stalls("kill to the answer of a write under way", &mut tally.under_way);
-    lab.end(&["direct", "buffered"]);
+    print_stalls("of that, beyond the restart", &mut tally.sent_again);
 }
 
 #[test]
@@ -336,4 +344,222 @@ fn nbd_a_killed_keeper_under_a_verifying_load_is_a_stall_and_nothing_else() {
 #[test]
 fn nbd_keeper_and_zerofs_killed_under_a_verifying_load_are_a_stall_and_nothing_else() {
     kills_are_stalls(Victim::Both);
+}
+
+// ---- The direct path.
+
+/// What an attached volume on the direct path comes to when `victim` is killed under a verifying load. Whether its
+/// device failed.
+fn direct_round(lab: &mut Lab, victim: Victim, rng: &mut StdRng) -> bool {
+    let path = |name: &str| lab.target().join(name);
+    for name in ["load", "ledger"] {
+        let _ = fs::remove_file(path(name));
+    }
+    let ledger = Ledger::new(path("ledger"), 256).start(rng.random(), 16);
+    // Reads back what it wrote while it goes on, so that wrong data would be seen before an error hides it.
+    let load = job(lab, "load")
+        .set("rw", "randwrite")
+        .set("direct", 1)
+        .set("ioengine", "libaio")
+        .set("iodepth", 16)
+        .set("rate_iops", 350)
+        .set("verify_backlog", 64)
+        .start();
+    std::thread::sleep(rng.random_range(SECOND / 4..2 * SECOND));
+    let (keepers, servers) = lab.node.processes();
+    let dead = match victim {
+        Victim::Keeper => keepers,
+        Victim::Zerofs => servers,
+        _ => [keepers, servers].concat(),
+    };
+    for pid in &dead {
+        kill(Pid::from_raw(*pid), Signal::SIGKILL).expect("it runs");
+    }
+    if victim == Victim::Keeper {
+        // The kernel speaks to ZeroFS, which lives on.
+        load.finish(LIMIT).assert_clean();
+        let ledger = ledger.stop();
+        assert_eq!(ledger.error, None);
+        wait_until("the next keeper is there", LIMIT, || lab.node.found("vol1")["state"] == "attached");
+        drop_caches(&lab.target()).expect("the filesystem can be synced");
+        assert_eq!(ledger.check(Promise::Acknowledged), Vec::<String>::new());
+        assert_eq!(lab.faults(), Vec::<String>::new());
+        return false;
+    }
+    let report = load.finish(LIMIT);
+    let wrong = !report.verify_failures.is_empty() || report.errno == i64::from(libc::EILSEQ);
+    assert!(!wrong, "wrong data was read: {report:#?}");
+    wait_until("the ledger gets an error", LIMIT, || ledger.thread.is_finished());
+    wait_until("the device fails", LIMIT, || lab.node.found("vol1")["state"] == "broken");
+    let ledger = ledger.thread.join().expect("the ledger's thread does not panic");
+    assert!(ledger.error.is_some(), "it ended without an error");
+    lab.node.ok(&["recover", "vol1"]);
+    lab.index = device(&lab.node);
+    lab.kernel = KernelLog::from_now();
+    assert_eq!(ledger.check(Promise::Synced), Vec::<String>::new());
+    assert_eq!(lab.faults(), Vec::<String>::new());
+    true
+}
+
+#[test]
+fn nbd_the_direct_path_under_the_same_kills_fails_or_is_clean_and_never_reads_wrong_data() {
+    let count = rounds(3, 50);
+    let mut rng = rng("the direct path");
+    let mut failed = 0;
+    let victims: Vec<Victim> =
+        [Victim::Zerofs, Victim::Keeper, Victim::Both].into_iter().cycle().take(count as usize).collect();
+    // A fresh volume for each few of them, since what is in a store is in the memory of the machine.
+    for victims in victims.chunks(3) {
+        let mut lab = Lab::new(&["--size", "256Mi", "--path", "direct"]);
+        for victim in victims {
+            failed += u32::from(direct_round(&mut lab, *victim, &mut rng));
+        }
+        lab.end(&[]);
+    }
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!(
+        "direct path: {failed} of {count} kills failed the device, none read wrong data; load {}",
+        load.trim()
+    );
+}
+
+// ---- A server that stays away.
+
+/// Nothing can be started any more: what the store is in has another place.
+fn hide_the_store(node: &Node) {
+    let store = node.state().join("store");
+    fs::rename(&store, node.state().join("store.away")).expect("the state folder can be written");
+    fs::write(&store, b"not a folder").expect("the state folder can be written");
+}
+
+fn show_the_store(node: &Node) {
+    let store = node.state().join("store");
+    fs::remove_file(&store).expect("the state folder can be written");
+    fs::rename(node.state().join("store.away"), &store).expect("the state folder can be written");
+}
+
+#[test]
+fn nbd_a_server_that_is_gone_for_long_and_comes_back_is_a_stall_and_nothing_else() {
+    let away = Duration::from_secs(if is_long() { 120 } else { 20 });
+    let lab = Lab::new(&["--size", "256Mi"]);
+    let mut rng = rng("gone for long");
+    let ledger = Ledger::new(lab.target().join("ledger"), 256).start(rng.random(), 16);
+    let load = writing(job(&lab, "direct"), true, 64).start();
+    std::thread::sleep(SECOND);
+    hide_the_store(&lab.node);
+    let at = Instant::now();
+    assert!(lab.node.kill(Victim::Both));
+    std::thread::sleep(away);
+    assert!(!ledger.thread.is_finished(), "I/O failed while the server was away");
+    show_the_store(&lab.node);
+    wait_until("the device is served again", LIMIT, || lab.serves_again(&[]));
+    let restart = at.elapsed() - away;
+    let mut faults = Vec::new();
+    judge("direct writes", &load.finish(LIMIT), &mut faults);
+    let ledger = ledger.stop();
+    faults.extend(ledger.error.clone());
+    drop_caches(&lab.target()).expect("the filesystem can be synced");
+    judge("reading", &reading(job(&lab, "direct"), true).run(LIMIT), &mut faults);
+    faults.extend(ledger.check(Promise::Acknowledged));
+    faults.extend(lab.faults());
+    assert!(faults.is_empty(), "{faults:#?}");
+    let stall = stalls(&[at], &ledger.times);
+    assert!(stall.iter().any(|s| *s >= away), "it was not away: {stall:?}");
+    println!("gone for {away:?}: served again {restart:.2?} after its store was back, stall {stall:.2?}");
+    lab.end(&["direct"]);
+}
+
+#[test]
+fn nbd_a_server_that_is_gone_for_ever_lets_a_detach_end_and_it_says_what_was_lost() {
+    let mut lab = Lab::new(&["--size", "256Mi"]);
+    if let Some(watch) = lab.watch.take() {
+        watch.stop();
+    }
+    let node = &lab.node;
+    let bytes = pattern(3, 2 << 20);
+    write_durably(&target(node).join("synced"), &bytes);
+    hide_the_store(node);
+    assert!(node.kill(Victim::Both));
+    // In the page cache, and nowhere else.
+    fs::write(target(node).join("cached"), &bytes).expect("the page cache takes it");
+    let began = Instant::now();
+    let refused = node.run(&["detach", "vol1", "--stop-timeout", "3s"]);
+    assert!(
+        refused.stderr.contains("nothing is lost") && refused.stderr.contains("detach --force"),
+        "{refused:#?}"
+    );
+    refused.expect_error(130, &["could not be written out within 3 s", "m"]);
+    assert!(sysfs::one(lab.index).unwrap().unwrap().connected, "nothing was taken away");
+    let took = began.elapsed();
+    let began = Instant::now();
+    let forced = node.run(&["detach", "vol1", "--stop-timeout", "3s", "--force"]);
+    let lost = format!(
+        "warning: /dev/nbd{} is failed by force: what was cached, but not acknowledged, is lost",
+        lab.index
+    );
+    assert!(forced.stderr.contains(&lost), "{forced:#?}");
+    // What is left to do is done in the store, which is not there: the error is its own.
+    forced.expect_error(2, &["release", "catalog"]);
+    println!("gone for ever: a detach ended after {took:.1?}, a forced one after {:.1?}", began.elapsed());
+    assert!(took < LIMIT && began.elapsed() < LIMIT, "they are bounded");
+    lab.before.assert_back();
+    show_the_store(node);
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("once the store is back");
+    attach(node, &[]);
+    assert_holds(&target(node).join("synced"), &bytes, "what was synced is there");
+    node.ok(&["detach", "vol1"]);
+    lab.before.assert_back();
+}
+
+// ---- Two run folders.
+
+#[test]
+fn nbd_two_run_folders_with_a_volume_of_one_name_keep_to_their_own_devices() {
+    require_nbd();
+    let before = Baseline::take();
+    let nodes = [Node::new(), Node::new()];
+    let contents = [pattern(1, 2 << 20), pattern(2, 2 << 20)];
+    for (node, bytes) in nodes.iter().zip(&contents) {
+        attach(node, &["--size", "256Mi"]);
+        write_durably(&target(node).join("data"), bytes);
+    }
+    let devices = nodes.each_ref().map(device);
+    assert_ne!(devices[0], devices[1]);
+    for index in devices {
+        assert_eq!(sysfs::one(index).unwrap().unwrap().backend.as_deref(), Some("zerofs:vol1"));
+    }
+    let both_hold = |when: &str| {
+        for ((node, bytes), index) in nodes.iter().zip(&contents).zip(devices) {
+            assert_eq!(node.found("vol1")["state"], "attached", "{when}");
+            assert_eq!(device(node), index, "{when}");
+            assert_holds(&target(node).join("data"), bytes, when);
+        }
+    };
+    let watches = nodes.each_ref().map(Watch::start);
+    for (times, victim) in [(1, Victim::Keeper), (2, Victim::Both)] {
+        for node in &nodes {
+            assert!(node.kill(victim));
+        }
+        for watch in &watches {
+            watch.wait_for("took-over", times);
+        }
+        both_hold(&format!("after a kill of {victim:?}"));
+    }
+    watches.into_iter().for_each(Watch::stop);
+
+    // One goes and comes back; the other never notices, nor does a collector take it for a leak of its own.
+    nodes[0].ok(&["detach", "vol1"]);
+    assert_eq!(Baseline::take().count(), before.count() + 1);
+    nodes[0].ok(&["nbd", "gc", "--older-than", "0s", "--yes"]);
+    assert_eq!(nodes[1].found("vol1")["state"], "attached");
+    assert_holds(&target(&nodes[1]).join("data"), &contents[1], "after the other's detach and gc");
+    attach(&nodes[0], &[]);
+    assert_ne!(device(&nodes[0]), devices[1]);
+    assert_holds(&target(&nodes[0]).join("data"), &contents[0], "attached again");
+    for node in &nodes {
+        node.ok(&["detach", "vol1"]);
+        node.assert_nothing_left("at the end");
+    }
+    before.assert_back();
 }

@@ -1,8 +1,8 @@
 //! The block device of one volume, of either transport: which it is, whether it answers, and what this machine can do.
 //!
-//! An NBD device is ours if, and only if, the record in our run folder names its index and the kernel says that its
-//! backend is our volume: of two run folders with a volume of one name, each has a device of its own. Kernels before 5.14
-//! do not tell the backend; there the record alone counts.
+//! An NBD device is ours if, and only if, the record in our run folder names its index and the process that connected it,
+//! and the kernel says that its backend is our volume: of two run folders with a volume of one name, each has a device of
+//! its own. Kernels before 5.14 do not tell the backend; there the record alone counts.
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,13 +22,7 @@ const LET_GO: Duration = Duration::from_secs(30);
 
 /// The connected NBD device that a record means, if the kernel has it and it is ours.
 pub(super) fn of_record(record: &Record, volume: &VolumeId) -> Result<Option<Device>> {
-    let backend = nbd::backend_id(volume);
-    let found = match record.index {
-        Some(index) => sysfs::one(index)?.filter(|d| d.connected),
-        // The keeper was killed before the kernel's answer was written down.
-        None => sysfs::find(&backend)?,
-    };
-    let ours = found.filter(|d| d.backend.as_ref().is_none_or(|b| *b == backend));
+    let ours = record.device(&nbd::backend_id(volume))?;
     Ok(ours.map(|d| Device { path: d.path(), read_only: d.read_only, size: d.size }))
 }
 

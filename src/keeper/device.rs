@@ -3,8 +3,9 @@
 //! The keeper never does I/O on its own device, nor anything else that waits for it ([`apart`] says why).
 //!
 //! The record `nbd.json` in the run folder says what the next keeper needs to know. It is written before the device is
-//! connected and removed after it has gone, so a device without a record is one that was never used. On kernels from
-//! 5.14 on the device itself says whose it is; on older ones the index in the record is all there is.
+//! connected and removed after it has gone, so a device without a record is one that was never used. A device is ours
+//! only when the record fits it: the index, the process that connected it, and on kernels from 5.14 on the backend
+//! identifier, which alone proves nothing, since another run folder may have a volume of the same name.
 //!
 //! When a keeper dies, the kernel sees its sockets close and holds all I/O. The next keeper makes the server safe and
 //! replays the log ([`super::supervisor`]) before it hands new sockets over, so nothing that the kernel sends again is
@@ -28,6 +29,7 @@ use super::process::{Exit, boot_id, write_json};
 use super::service::{Shared, stopping_error};
 use super::{apart, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
+use crate::host::nbd::sysfs::NbdDevice;
 use crate::host::nbd::{self, netlink, sysfs};
 use crate::zerofs::nbd::{TransmissionFlags, handshake};
 use crate::zerofs::sock;
@@ -65,10 +67,13 @@ pub struct Record {
     boot: String,
     /// The N of `/dev/nbdN`; none between the decision to connect and the kernel's answer.
     pub index: Option<u32>,
-    /// What the kernel shows as the process that connected it: with it, a connection is known again on kernels that
-    /// keep no identifier.
+    /// What the kernel shows as the process that connected it, by which a connection is known again. Before the kernel's
+    /// answer, what it will show; none where nobody can tell, in a pid namespace of our own.
     #[serde(default)]
     pub pid: Option<i32>,
+    /// Devices that had the same backend identifier before: those of other run folders, or leaked ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    others: Vec<u32>,
     /// What the sockets lead to.
     pub path: NbdPath,
     read_only: bool,
@@ -102,6 +107,39 @@ impl Record {
 
     fn limit(&self) -> Duration {
         Duration::from_millis(self.reconnect_timeout_ms)
+    }
+
+    /// The device that this record means, as it is now; none when it has gone. One that another run folder connected is
+    /// never it, whatever its name.
+    ///
+    /// [`Kind::Refused`] when the keeper was killed before it wrote the index down, and more than one device may be it.
+    pub fn device(&self, backend: &str) -> Result<Option<NbdDevice>> {
+        match self.index {
+            Some(index) => Ok(sysfs::one(index)?.filter(|d| self.fits(d, backend))),
+            None => self.among(sysfs::named(backend)?, backend),
+        }
+    }
+
+    /// Whether a device of the recorded index is the recorded connection. A kernel without identifiers shows none.
+    fn fits(&self, device: &NbdDevice, backend: &str) -> bool {
+        device.connected
+            && device.backend.as_ref().is_none_or(|b| b == backend)
+            && self.pid.is_none_or(|pid| device.pid == Some(pid))
+    }
+
+    /// Of the devices with our identifier, the one that was connected by a keeper that did not come to write its index down.
+    fn among(&self, devices: Vec<NbdDevice>, backend: &str) -> Result<Option<NbdDevice>> {
+        let mut fitting =
+            devices.into_iter().filter(|d| self.fits(d, backend) && !self.others.contains(&d.index));
+        let first = fitting.next();
+        if let (Some(first), Some(second)) = (&first, fitting.next()) {
+            return Err(Error::refused(format!(
+                "/dev/nbd{} and /dev/nbd{} both say that they are {backend}, and either may be ours",
+                first.index, second.index
+            ))
+            .hint("see which is in use: zerofsctl nbd list --all; free the other: zerofsctl nbd gc"));
+        }
+        Ok(first)
     }
 }
 
@@ -222,24 +260,21 @@ impl Shared {
                 }
             };
         }
-        if let Some(device) = sysfs::find(&self.backend())? {
-            return Err(Error::refused(format!(
-                "/dev/nbd{} says that it is {}, and no record of it is in {}",
-                device.index,
-                self.backend(),
-                self.config.run_dir.display()
-            ))
-            .hint("see whether it is in use: zerofsctl nbd list --all; free it: zerofsctl nbd gc"));
-        }
         if !size.is_multiple_of(BLOCK_SIZE) {
             return Err(Error::refused(format!("the volume has {size} bytes, which is no multiple of 512"))
                 .hint("grow it: zerofsctl resize VOLUME SIZE"));
+        }
+        let backend = self.backend();
+        let others: Vec<u32> = sysfs::named(&backend)?.iter().map(|d| d.index).collect();
+        if !others.is_empty() {
+            warn!("there are other devices that say they are {backend}: {others:?}; they are left alone");
         }
         let mut record = Record {
             format: Record::FORMAT,
             boot: boot_id(),
             index: None,
-            pid: None,
+            pid: pid_for_the_kernel(),
+            others,
             path: options.path,
             read_only: options.read_only,
             reconnect_timeout_ms: options.reconnect_timeout_ms,
@@ -262,7 +297,7 @@ impl Shared {
                 server_flags: server_flags(flags, record.path, record.read_only),
                 client_flags: 0,
                 dead_conn_timeout: record.limit(),
-                backend: &self.backend(),
+                backend: &backend,
                 sockets: &sockets,
             })
         });
@@ -275,7 +310,11 @@ impl Shared {
             }
         };
         record.index = Some(index);
-        record.pid = sysfs::one(index)?.and_then(|d| d.pid);
+        let shown = sysfs::one(index)?.and_then(|d| d.pid);
+        if record.pid.is_some() && record.pid != shown {
+            warn!("/dev/nbd{index} was connected by {shown:?} and not by {:?}", record.pid);
+        }
+        record.pid = shown;
         self.remember(&record)?;
         if record.path == NbdPath::Direct {
             *lock(&self.device.direct) = kernel_ends;
@@ -424,14 +463,7 @@ impl Shared {
         let _mounting = lock(&self.mounting);
         let Some(mut record) = self.device.record() else { return Ok(()) };
         let backend = self.backend();
-        let device = match sysfs::find(&backend)? {
-            Some(device) => Some(device),
-            // A kernel that does not show whose it is.
-            None => match record.index.map(sysfs::one).transpose()?.flatten() {
-                Some(device) if device.connected && device.backend.is_none() => Some(device),
-                _ => None,
-            },
-        };
+        let device = record.device(&backend)?;
         let Some(device) = device else {
             if record.index.is_none() {
                 info!("the earlier keeper ended before it had connected a device");
@@ -478,7 +510,7 @@ impl Shared {
             drop(sockets);
             std::thread::sleep(Duration::from_millis(10));
         }
-        record.index = Some(index);
+        (record.index, record.pid) = (Some(index), device.pid);
         record.reconnects += 1;
         self.remember(&record)?;
         info!("/dev/nbd{index} has new sockets");
@@ -511,7 +543,7 @@ impl Shared {
         }
         let bytes = self.data.resize()?;
         let Some((record, index)) = record.and_then(|r| r.index.map(|i| (r, i))) else { return Ok(bytes) };
-        let shown = sysfs::one(index)?.filter(|d| d.connected);
+        let shown = record.device(&self.backend())?;
         let shown =
             shown.ok_or_else(|| Error::new(Kind::NotFound, format!("/dev/nbd{index} is not connected")))?;
         if bytes < shown.size.0 {
@@ -545,23 +577,16 @@ impl Shared {
     /// Disconnects the device; with `force` without a flush. The caller holds [`Shared::mounting`].
     pub(super) fn disconnect_nbd(&self, force: bool) -> Result<()> {
         let Some(record) = self.device.record() else { return Ok(()) };
-        let index = match record.index {
-            Some(index) => Some(index),
-            None => sysfs::find(&self.backend())?.map(|d| d.index),
-        };
-        if let Some(index) = index
-            && let Some(device) = sysfs::one(index)?.filter(|d| d.connected)
-        {
-            if device.backend.as_ref().is_some_and(|b| *b != self.backend()) {
-                // Ours has gone, and somebody else has the index now.
-                info!("/dev/nbd{index} is {} by now", device.backend.unwrap_or_default());
-            } else {
+        match (record.device(&self.backend())?, record.index) {
+            (Some(NbdDevice { index, .. }), _) => {
                 if !force && record.failed.is_none() {
                     self.flush_device(index)?;
                 }
                 nbd::disconnect_and_wait(index, LET_GO_LIMIT)?;
                 info!("/dev/nbd{index} is disconnected");
             }
+            (None, Some(index)) => info!("/dev/nbd{index} is not ours any more"),
+            (None, None) => {}
         }
         self.data.close_nbd();
         self.forget_device()
@@ -602,8 +627,7 @@ impl Shared {
         if self.data.nbd_sockets() > 0 || record.path != NbdPath::Guarded {
             return;
         }
-        let ours = sysfs::one(index).ok().flatten();
-        if ours.is_none_or(|d| !d.connected || d.backend.is_some_and(|b| b != self.backend())) {
+        if record.device(&self.backend()).ok().flatten().is_none() {
             error!("/dev/nbd{index} was disconnected by somebody else: {why}");
             return self.device_failed("it was disconnected by somebody else");
         }
@@ -655,18 +679,15 @@ impl Shared {
         for socket in lock(&self.device.direct).drain(..) {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
-        let index = match record.index {
-            Some(index) => Some(index),
-            None => sysfs::find(&self.backend()).ok().flatten().map(|d| d.index),
-        };
-        let Some(index) = index else { return };
+        let device = record.device(&self.backend()).unwrap_or_else(|e| {
+            error!("{e}");
+            None
+        });
+        let Some(NbdDevice { index, .. }) = device else { return };
         error!(
             "/dev/nbd{index} fails: {why}; what was not flushed is lost. Detach the volume, and attach it again"
         );
-        let ours = sysfs::one(index).ok().flatten();
-        if ours.is_some_and(|d| d.connected && d.backend.is_none_or(|b| b == self.backend()))
-            && let Err(e) = nbd::disconnect_and_wait(index, LET_GO_LIMIT)
-        {
+        if let Err(e) = nbd::disconnect_and_wait(index, LET_GO_LIMIT) {
             error!("{e}");
         }
     }
@@ -710,19 +731,21 @@ impl Shared {
                 let Some(mut record) = shared.device.record().filter(|r| r.failed.is_none()) else {
                     return Ok(());
                 };
-                let Some(index) = record.index else { return Ok(()) };
+                let backend = shared.backend();
+                let Some(NbdDevice { index, backend: shown, .. }) = record.device(&backend)? else {
+                    return Err(Error::new(Kind::NotFound, "the kernel has disconnected the device"));
+                };
                 for socket in lock(&shared.device.direct).drain(..) {
                     let _ = socket.shutdown(std::net::Shutdown::Both);
                 }
                 let (sockets, _) = shared.direct_sockets()?;
                 let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
-                let backend = sysfs::one(index)?.and_then(|d| d.backend);
                 netlink::reconfigure(
                     index,
                     &netlink::Reconfigure {
                         sockets: &fds,
                         size: None,
-                        backend: backend.as_deref().map(|_| shared.backend()).as_deref(),
+                        backend: shown.as_deref(),
                         dead_conn_timeout: Some(record.limit()),
                     },
                 )?;
@@ -741,6 +764,14 @@ impl Shared {
             error!("cannot start a thread: {e}");
         }
     }
+}
+
+/// Whom the kernel will show as the maker of a connection that this thread makes: the thread itself, by its number in the
+/// first pid namespace. None in another namespace, where nobody tells.
+fn pid_for_the_kernel() -> Option<i32> {
+    // The number of the first pid namespace is fixed in the kernel.
+    let first = std::fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns == Path::new("pid:[4026531836]"));
+    first.then(|| nix::unistd::gettid().as_raw())
 }
 
 fn server_flags(server: TransmissionFlags, path: NbdPath, read_only: bool) -> u64 {
@@ -767,6 +798,7 @@ mod tests {
             boot: boot_id(),
             index: Some(3),
             pid: None,
+            others: vec![4],
             path: NbdPath::Direct,
             read_only: true,
             reconnect_timeout_ms: 5000,
@@ -789,6 +821,36 @@ mod tests {
         assert_eq!(Record::read(dir.path()).unwrap_err().kind(), Kind::Refused);
         std::fs::write(dir.path().join(RECORD), "{").unwrap();
         assert_eq!(Record::read(dir.path()).unwrap_err().kind(), Kind::Refused);
+    }
+
+    #[test]
+    fn a_device_is_ours_by_index_process_and_identifier_and_not_by_its_name_alone() {
+        let device = |index, pid, backend: Option<&str>| NbdDevice {
+            index,
+            size: crate::values::ByteSize(1 << 20),
+            read_only: false,
+            connected: true,
+            pid: Some(pid),
+            backend: backend.map(str::to_owned),
+        };
+        let ours = Some("zerofs:vol1");
+        let known = Record { pid: Some(7), ..record() };
+        assert!(known.fits(&device(3, 7, ours), "zerofs:vol1"));
+        assert!(known.fits(&device(3, 7, None), "zerofs:vol1"), "an older kernel");
+        assert!(!known.fits(&device(3, 7, Some("zerofs:vol2")), "zerofs:vol1"));
+        assert!(!known.fits(&device(3, 8, ours), "zerofs:vol1"), "connected by another keeper");
+        assert!(!known.fits(&NbdDevice { connected: false, ..device(3, 7, ours) }, "zerofs:vol1"));
+
+        let killed = Record { index: None, pid: Some(7), ..record() };
+        let found = |record: &Record, devices: &[NbdDevice]| {
+            record.among(devices.to_vec(), "zerofs:vol1").map(|d| d.map(|d| d.index))
+        };
+        let all = [device(1, 9, ours), device(2, 8, ours), device(4, 7, ours), device(5, 7, ours)];
+        assert_eq!(found(&killed, &all).unwrap(), Some(5), "4 was there before");
+        assert_eq!(found(&killed, &all[..3]).unwrap(), None);
+        let nobody_knows = Record { pid: None, ..killed };
+        assert_eq!(found(&nobody_knows, &all).unwrap_err().kind(), Kind::Refused);
+        assert_eq!(found(&nobody_knows, &all[2..]).unwrap(), Some(5));
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! | [`netlink::connect`], [`netlink::reconfigure`], [`netlink::disconnect`], [`netlink::status`] | one command each |
 //! | [`netlink::LinkDead`] | listens for connections that the kernel has given up |
 //! | [`disconnect_and_wait`]`(index, limit)` | disconnects, and waits until the kernel has let go |
-//! | [`sysfs::all`], [`sysfs::one`], [`sysfs::find`]`(backend)` | what the devices look like now |
+//! | [`sysfs::all`], [`sysfs::one`], [`sysfs::named`]`(backend)` | what the devices look like now |
 //! | [`capacity()`], [`capacity::require_one`]`()` | how many devices there are and can be; whether one more can |
 //! | [`survey::take`] | every device, who uses and serves it, and what it is to us |
 //!

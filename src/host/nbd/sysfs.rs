@@ -58,10 +58,10 @@ pub fn one(index: u32) -> Result<Option<NbdDevice>> {
     read(Path::new(BLOCK), index)
 }
 
-/// The connected device with this backend identifier, byte for byte. More than one is an error: nobody can tell
-/// which is the true one.
-pub fn find(backend: &str) -> Result<Option<NbdDevice>> {
-    find_in(Path::new(BLOCK), backend)
+/// The connected devices with this backend identifier, byte for byte. Several are no fault: each run folder may have a
+/// volume of the name, and only its record tells which device is its own.
+pub fn named(backend: &str) -> Result<Vec<NbdDevice>> {
+    named_in(Path::new(BLOCK), backend)
 }
 
 fn all_in(block: &Path) -> Result<Vec<NbdDevice>> {
@@ -77,18 +77,10 @@ fn all_in(block: &Path) -> Result<Vec<NbdDevice>> {
     Ok(devices)
 }
 
-fn find_in(block: &Path, backend: &str) -> Result<Option<NbdDevice>> {
-    let mut found =
-        all_in(block)?.into_iter().filter(|d| d.connected && d.backend.as_deref() == Some(backend));
-    let first = found.next();
-    if let (Some(first), Some(second)) = (&first, found.next()) {
-        return Err(Error::refused(format!(
-            "/dev/nbd{} and /dev/nbd{} both say that they are {backend}",
-            first.index, second.index
-        ))
-        .hint("see which is in use: zerofsctl nbd list --all"));
-    }
-    Ok(first)
+fn named_in(block: &Path, backend: &str) -> Result<Vec<NbdDevice>> {
+    let mut devices = all_in(block)?;
+    devices.retain(|d| d.connected && d.backend.as_deref() == Some(backend));
+    Ok(devices)
 }
 
 fn read(block: &Path, index: u32) -> Result<Option<NbdDevice>> {
@@ -209,24 +201,26 @@ mod tests {
         assert_eq!(all.iter().map(|d| d.index).collect::<Vec<_>>(), [2, 3, 10]);
         assert!(!all[0].connected && all[1].connected);
         assert_eq!(all[1].backend, None);
-        let found = find_in(dir.path(), "zerofs:a").unwrap().unwrap();
+        let named = named_in(dir.path(), "zerofs:a").unwrap();
+        let [found] = &named[..] else { panic!("{named:?}") };
         assert_eq!(
             (found.index, found.size, found.read_only, found.pid),
             (10, ByteSize(1 << 20), true, Some(77))
         );
         assert_eq!(found.path(), Path::new("/dev/nbd10"));
         for other in ["zerofs:", "zerofs:a\n", "zerofs:aa", ""] {
-            assert_eq!(find_in(dir.path(), other).unwrap(), None, "{other:?}");
+            assert_eq!(named_in(dir.path(), other).unwrap(), [], "{other:?}");
         }
         assert_eq!(read(dir.path(), 99).unwrap(), None);
     }
 
     #[test]
-    fn two_devices_with_one_identifier_are_an_error_and_rubbish_too() {
+    fn two_devices_may_have_one_identifier_and_rubbish_is_an_error() {
         let one: &[(&str, &str)] =
             &[("size", "8\n"), ("ro", "0\n"), ("pid", "1\n"), ("backend", "zerofs:a\n")];
         let dir = block(&[("nbd0", one), ("nbd1", one)]);
-        assert!(find_in(dir.path(), "zerofs:a").unwrap_err().message().contains("both"));
+        let named = named_in(dir.path(), "zerofs:a").unwrap();
+        assert_eq!(named.iter().map(|d| d.index).collect::<Vec<_>>(), [0, 1]);
         std::fs::write(dir.path().join("nbd0/size"), "x\n").unwrap();
         assert!(all_in(dir.path()).unwrap_err().message().contains("holds \"x\""));
     }
