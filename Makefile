@@ -8,7 +8,7 @@ export ZEROFSCTL_TOOLS ?= $(HOME)/.cache/zerofsctl/tools
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench install clean
+.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench bench-nbd install clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,7 +39,7 @@ test-nbd: ## The same on this machine: needs root and the kernel's nbd module (m
 
 # Everything that takes long, with full counts: PART is one or more of the parts that scripts/test-long lists.
 PART ?= all
-test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills"): needs root
+test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills nbd-matrix nbd-leaks csi"): needs root
 	@scripts/setup test
 	scripts/test-long $(PART)
 
@@ -77,6 +77,12 @@ generated: ## Are man/ and completions/ what the program would write?
 bench: ## attach, memory and throughput beside their floors, in one run (ARGS="attach --rounds 3"): needs root
 	@scripts/setup test
 	$(CARGO) bench --locked --bench side_by_side -- $(ARGS)
+
+# Prints rounds, leaks and time (ROUNDS=200 for fewer).
+ROUNDS ?= 1000
+bench-nbd: ## 1,000 rounds of attach and detach on kernel NBD, half of them killed half-way: needs root
+	@scripts/setup test vm
+	ZEROFSCTL_ROUNDS=$(ROUNDS) ZEROFSCTL_VM_TIMEOUT=14400 scripts/vm-test uml nbd_rounds
 
 install: ## The program, its man pages and completions below PREFIX (/usr/local)
 	$(CARGO) build --locked --release --bin zerofsctl

@@ -18,8 +18,8 @@ const MIB: i64 = 1 << 20;
 
 /// How many volumes, and how often the driver is killed. `make test-long` does it all.
 fn scale() -> (usize, usize) {
-    const USUAL: u32 = 10;
-    if rounds(USUAL) > USUAL { (30, 40) } else { (7, 10) }
+    let kills = rounds(10, 40) as usize;
+    (if kills > 10 { 30 } else { 7 }, kills)
 }
 
 /// One volume's life until `stop`, which ends with it in its pods, if it is to be `up` then.

@@ -425,11 +425,9 @@ fn nbd_race_of_gc_with_attach_detach_kills_and_the_watcher_takes_leaks_and_nothi
     foreign.disconnect("at the end");
     alone.assert_back();
     node.assert_nothing_left("at the end");
-    let errors: Vec<_> = kernel
-        .lines()
-        .into_iter()
-        .filter(|l| l.contains("EXT4-fs error") || l.contains("Buffer I/O error"))
-        .collect();
+    // Reads of a leak that gc disconnects fail; nobody loses a write.
+    let lost = |line: &String| ["EXT4-fs error", "JBD2", "page write"].iter().any(|word| line.contains(word));
+    let errors: Vec<_> = kernel.lines().into_iter().filter(lost).collect();
     assert!(errors.is_empty(), "{errors:#?}");
     let collected = collected.into_inner().unwrap();
     println!("{} looks of gc, {} leaks collected", looks.load(Ordering::SeqCst), collected.len());

@@ -245,15 +245,15 @@ pub fn matrix(case: &Case, extent: &Extent) {
         .flat_map(|(name, does)| INSTANTS.map(|instant| (name, *does, instant)))
         .filter(|(_, does, instant)| *does || *instant == "after");
     let every = if is_long() { 1 } else { extent.every };
-    let points: Vec<_> = instants.enumerate().filter(|(n, _)| (n + 1) % every == 0).map(|(_, p)| p).collect();
+    let points: Vec<_> = instants.enumerate().filter(|(n, _)| (n + 1) % every == 0).collect();
     let variants = if is_long() && extent.product { VICTIMS.len() * FOLLOW_UPS.len() } else { 1 };
     let rounds: Vec<_> = points.iter().flat_map(|point| (0..variants).map(move |v| (point, v))).collect();
     side_by_side(
         &rounds,
         || Scene::new(case),
-        |scene, n, ((name, _, instant), variant)| {
+        |scene, _, ((point, (name, _, instant)), variant)| {
             // Alone, victims and follow-ups go round: 4 and 3 have no common divisor.
-            let turn = if variants > 1 { *variant } else { n };
+            let turn = if variants > 1 { *variant } else { *point };
             let (victim, follow_up) = (VICTIMS[turn % VICTIMS.len()], FOLLOW_UPS[turn % FOLLOW_UPS.len()]);
             one(scene, name, instant, victim, follow_up);
         },

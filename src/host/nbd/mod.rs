@@ -5,7 +5,7 @@
 //! | call | what it does |
 //! | --- | --- |
 //! | [`backend_id`]`(volume)` | `zerofs:<volume id>`, which marks a device as that volume's |
-//! | [`supported`]`()` | which of no module, no netlink family, no privilege, or all fine; loads nothing |
+//! | [`supported`]`()` | which of no module, no netlink family, no privilege, or all fine |
 //! | [`ensure`]`()` | the same, after one try at `modprobe nbd` where the module is on the disk; an error unless fine |
 //! | [`netlink::connect`], [`netlink::reconfigure`], [`netlink::disconnect`], [`netlink::status`] | one command each |
 //! | [`netlink::LinkDead`] | listens for connections that the kernel has given up |
@@ -90,7 +90,8 @@ impl Support {
     }
 }
 
-/// Finds out what the kernel offers, and changes nothing.
+/// Finds out what the kernel offers. It loads nothing itself; many a kernel loads the module when it is asked for the
+/// netlink family.
 pub fn supported() -> Result<Support> {
     match netlink::family() {
         Ok(_) if nix::unistd::geteuid().is_root() => Ok(Support::Fine),
