@@ -52,6 +52,9 @@ _zerofsctl() {
             zerofsctl,zerofs)
                 cmd="zerofsctl__subcmd__zerofs"
                 ;;
+            zerofsctl__subcmd__csi,serve)
+                cmd="zerofsctl__subcmd__csi__subcmd__serve"
+                ;;
             zerofsctl__subcmd__nbd,gc)
                 cmd="zerofsctl__subcmd__nbd__subcmd__gc"
                 ;;
@@ -63,8 +66,6 @@ _zerofsctl() {
                 ;;
             zerofsctl__subcmd__nbd,watch)
                 cmd="zerofsctl__subcmd__nbd__subcmd__watch"
-            zerofsctl__subcmd__csi,serve)
-                cmd="zerofsctl__subcmd__csi__subcmd__serve"
                 ;;
             zerofsctl__subcmd__zerofs,versions)
                 cmd="zerofsctl__subcmd__zerofs__subcmd__versions"
@@ -76,7 +77,7 @@ _zerofsctl() {
 
     case "${cmd}" in
         zerofsctl)
-            opts="-o -v -h -V --output --state-dir --run-dir --zerofs-bin --verbose --log-format --help --version attach detach list show resize fsck recover watch nbd zerofs demo"
+            opts="-o -v -h -V --output --state-dir --run-dir --zerofs-bin --verbose --log-format --help --version attach detach list show resize fsck recover watch nbd zerofs demo csi"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -242,7 +243,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__csi__subcmd__serve)
-            opts="-h -o -v --endpoint --node-id --role --runtime --transport --metrics-bind-address --max-volumes --node --storage-url --config --secret --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --endpoint --node-id --role --runtime --transport --path --reconnect-timeout --metrics-bind-address --max-volumes --node --storage-url --config --secret --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -265,6 +266,14 @@ _zerofsctl() {
                     return 0
                     ;;
                 --transport)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --path)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --reconnect-timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -312,7 +312,9 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l node-id -d 'The name of this node [default: the host name]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l role -d 'What to serve: node, controller or all' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l runtime -d 'Where ZeroFS runs: process' -r
-complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l transport -d 'How block devices are made: auto, fuse, or nbd (to come)' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l transport -d 'How the block device is made: nbd (by the kernel), fuse, or auto, which takes nbd where it works' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l path -d 'For nbd: guarded (a crash of ZeroFS is only a pause) or direct (it fails the device)' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l reconnect-timeout -d 'For nbd: how long the kernel holds I/O while no keeper serves the device' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l metrics-bind-address -d 'For /metrics, /healthz and /readyz; 0 for none' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l max-volumes -d 'The most volumes that this node takes [default: as many as it has NBD devices; no limit with fuse]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand csi; and __fish_seen_subcommand_from serve" -l node -d 'Another node that volumes may be published to; repeatable [default: any, for a controller by itself]' -r

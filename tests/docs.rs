@@ -72,10 +72,17 @@ fn every_command_and_option_in_a_document_exists() {
             else {
                 continue;
             };
-            let Some(command) = definition.get_subcommands().find(|c| c.get_name() == first) else {
+            let Some(mut command) = definition.get_subcommands().find(|c| c.get_name() == first) else {
                 continue;
             };
             words.next();
+            // `nbd gc`, `csi serve`
+            while let Some(next) = words.clone().next()
+                && let Some(inner) = command.get_subcommands().find(|c| c.get_name() == next)
+            {
+                command = inner;
+                words.next();
+            }
             for option in words.filter_map(|w| w.strip_prefix("--")) {
                 let option = option.trim_end_matches([',', '.']);
                 let all = [known(command), known(&definition)].concat();
