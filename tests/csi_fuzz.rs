@@ -69,52 +69,46 @@ enum Spoilt {
 impl Spoilt {
     /// Spoils the call; false when it has no such field.
     fn spoil(self, ask: &mut Ask) -> bool {
-        match self {
-            Spoilt::Nothing => false,
-            Spoilt::Id(id) => id_of(ask).map(|field| *field = id.into()).is_some(),
-            Spoilt::Path(path) => match ask {
-                Ask::NodeStageVolume(r) => r.staging_target_path = path.into(),
-                Ask::NodeUnstageVolume(r) => r.staging_target_path = path.into(),
-                Ask::NodePublishVolume(r) => r.target_path = path.into(),
-                Ask::NodeUnpublishVolume(r) => r.target_path = path.into(),
-                _ => return false,
-            }
-            .then_true(),
-            Spoilt::Capability(mode) => {
-                let mode = volume_capability::AccessMode { mode };
-                let bad = VolumeCapability { access_mode: Some(mode), ..mount(Mode::SingleNodeWriter) };
-                match ask {
-                    Ask::CreateVolume(r) => r.volume_capabilities = vec![bad],
-                    Ask::ControllerPublishVolume(r) => r.volume_capability = Some(bad),
-                    Ask::NodeStageVolume(r) => r.volume_capability = Some(bad),
-                    Ask::NodePublishVolume(r) => r.volume_capability = Some(bad),
-                    _ => return false,
-                }
-                .then_true()
-            }
-            Spoilt::Parameter(key) => {
-                let bad = parameters(&[(key, "x y")]);
-                match ask {
-                    Ask::CreateVolume(r) => r.parameters = bad,
-                    Ask::ControllerPublishVolume(r) => r.volume_context = bad,
-                    Ask::NodeStageVolume(r) => r.volume_context = bad,
-                    Ask::NodePublishVolume(r) => r.volume_context = bad,
-                    _ => return false,
-                }
-                .then_true()
-            }
-        }
+        let spoilt = match self {
+            Spoilt::Nothing => None,
+            Spoilt::Id(id) => id_of(ask).map(|field| *field = id.into()),
+            Spoilt::Path(path) => path_of(ask).map(|field| *field = path.into()),
+            Spoilt::Parameter(key) => parameters_of(ask).map(|field| *field = parameters(&[(key, "x y")])),
+            Spoilt::Capability(mode) => capability_of(ask).map(|field| {
+                field.access_mode = Some(volume_capability::AccessMode { mode });
+            }),
+        };
+        spoilt.is_some()
     }
 }
 
-/// For the arms above, which end in a change.
-trait ThenTrue {
-    fn then_true(self) -> bool;
+fn path_of(ask: &mut Ask) -> Option<&mut String> {
+    match ask {
+        Ask::NodeStageVolume(r) => Some(&mut r.staging_target_path),
+        Ask::NodeUnstageVolume(r) => Some(&mut r.staging_target_path),
+        Ask::NodePublishVolume(r) => Some(&mut r.target_path),
+        Ask::NodeUnpublishVolume(r) => Some(&mut r.target_path),
+        _ => None,
+    }
 }
 
-impl ThenTrue for () {
-    fn then_true(self) -> bool {
-        true
+fn parameters_of(ask: &mut Ask) -> Option<&mut BTreeMap<String, String>> {
+    match ask {
+        Ask::CreateVolume(r) => Some(&mut r.parameters),
+        Ask::ControllerPublishVolume(r) => Some(&mut r.volume_context),
+        Ask::NodeStageVolume(r) => Some(&mut r.volume_context),
+        Ask::NodePublishVolume(r) => Some(&mut r.volume_context),
+        _ => None,
+    }
+}
+
+fn capability_of(ask: &mut Ask) -> Option<&mut VolumeCapability> {
+    match ask {
+        Ask::CreateVolume(r) => r.volume_capabilities.first_mut(),
+        Ask::ControllerPublishVolume(r) => r.volume_capability.as_mut(),
+        Ask::NodeStageVolume(r) => r.volume_capability.as_mut(),
+        Ask::NodePublishVolume(r) => r.volume_capability.as_mut(),
+        _ => None,
     }
 }
 

@@ -178,9 +178,8 @@ impl Backend for Model {
         if record.as_ref().is_none_or(|record| record.epoch == 0) && host.leftovers().is_empty() {
             *host = FakeHost::new();
         }
-        match record {
-            Some(record) => host.know(record.capacity, record.filesystem, record.content, record.epoch),
-            None => {}
+        if let Some(record) = record {
+            host.know(record.capacity, record.filesystem, record.content, record.epoch);
         }
         let fail_at = self.0.fail_at.swap(0, Ordering::Relaxed);
         host.fail_at((fail_at > 0).then(|| fail_at - 1));
