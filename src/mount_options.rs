@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 
 /// Options that would make it another kind of mount, or reach outside the target.
-const REFUSED: [&str; 11] = [
+const REFUSED: [&str; 18] = [
     "bind",
     "rbind",
     "move",
@@ -15,6 +15,14 @@ const REFUSED: [&str; 11] = [
     "user",
     "users",
     "owner",
+    "helper",
+    "uhelper",
+    // Other devices of the machine.
+    "device",
+    "journal_dev",
+    "journal_path",
+    "logdev",
+    "rtdev",
 ];
 
 /// Splits at commas and checks each. Errors are [`Kind::Usage`](crate::error::Kind::Usage) and name the option.
@@ -30,6 +38,9 @@ pub fn check(given: &[String]) -> Result<Vec<String>> {
         if name.is_empty() {
             return wrong("is empty");
         }
+        if !option.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_') {
+            return wrong("does not begin as a mount option does");
+        }
         if option.len() > 200 || !option.chars().all(|c| c.is_ascii_alphanumeric() || "-_.=:@/+".contains(c))
         {
             return wrong("has characters that no mount option has");
@@ -39,6 +50,9 @@ pub fn check(given: &[String]) -> Result<Vec<String>> {
         }
         if REFUSED.contains(&name) || name.starts_with("x-") || name.starts_with("X-") {
             return wrong("is not for volumes");
+        }
+        if option.ends_with("=panic") {
+            return wrong("would stop the whole machine for the fault of one volume");
         }
         options.push(option.to_owned());
     }
@@ -66,6 +80,12 @@ mod tests {
             "a;b",
             "a\nb",
             "context=\"x\"",
+            "-o",
+            "--bind",
+            "logdev=/dev/sda",
+            "device=/dev/sda",
+            "journal_path=/dev/sda",
+            "errors=panic",
         ] {
             assert!(given(&[bad]).is_err(), "{bad}");
         }

@@ -252,7 +252,8 @@ impl FromStr for FsType {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|fs| fs.name() == s).ok_or_else(|| {
-            Error::usage(format!("unknown filesystem {s:?}")).hint("choose one of ext4, xfs, btrfs")
+            let shown: String = s.chars().take(40).collect();
+            Error::usage(format!("unknown filesystem {shown:?}")).hint("choose one of ext4, xfs, btrfs")
         })
     }
 }

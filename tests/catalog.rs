@@ -739,3 +739,55 @@ fn a_conflict_with_a_request_that_then_fails_is_tried_again() {
     done(s3("s3://vols/x", server.address).create(&record("vol1")).unwrap());
     assert_eq!(bodies.lock().unwrap().len(), 3);
 }
+
+/// A bucket that holds a volume of two objects whose deletion has begun, and answers requests to delete with `deleted`, to
+/// list with `listed`.
+fn deleting_bucket(listed: Answer, deleted: Answer) -> (Box<dyn Catalog>, Arc<AtomicUsize>) {
+    let mut doomed = record("vol1");
+    doomed.state = State::Deleting;
+    // As it is stored.
+    let mut stored = serde_json::to_value(&doomed).unwrap();
+    stored["format"] = zerofsctl::catalog::FORMAT.into();
+    stored["write"] = "0".into();
+    let body = stored.to_string();
+    let deletions = Arc::new(AtomicUsize::new(0));
+    let count = deletions.clone();
+    let server = Script::new(move |request| match (&*request.method, request.path.contains("list-type")) {
+        ("GET", true) => listed.clone(),
+        ("GET", false) => Some(format!(
+            "HTTP/1.1 200 OK\r\netag: \"1\"\r\nlast-modified: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: {}\r\n\
+             connection: close\r\n\r\n{body}",
+            body.len()
+        )),
+        _ => {
+            count.fetch_add(1, Ordering::Relaxed);
+            deleted.clone()
+        }
+    });
+    (s3("s3://vols/x", server.address), deletions)
+}
+
+const TWO_OBJECTS: &str = "<ListBucketResult><IsTruncated>false</IsTruncated>\
+    <Contents><Key>x/vol1/a</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>1</ETag><Size>1</Size></Contents>\
+    <Contents><Key>x/vol1/b</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>1</ETag><Size>1</Size></Contents>\
+    </ListBucketResult>";
+
+#[test]
+fn one_object_that_cannot_be_deleted_fails_the_deletion() {
+    let mixed = "<DeleteResult><Deleted><Key>x/vol1/a</Key></Deleted><Error><Key>x/vol1/b</Key>\
+                 <Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>";
+    let (catalog, deletions) = deleting_bucket(answer(200, TWO_OBJECTS), answer(200, mixed));
+    let e = catalog.delete_data(&id("vol1"), &|| false).unwrap_err();
+    assert!(e.to_string().contains("vol1") && e.hint_text().is_some(), "{e}");
+    assert!(deletions.load(Ordering::Relaxed) > 0, "{e}");
+}
+
+#[test]
+fn a_listing_that_fails_is_never_an_empty_volume() {
+    for listed in [answer(500, ""), answer(403, ""), answer(200, "<html>hello</html>"), None] {
+        let (catalog, deletions) = deleting_bucket(listed, answer(200, "<DeleteResult></DeleteResult>"));
+        let e = catalog.delete_data(&id("vol1"), &|| false).unwrap_err();
+        assert!(e.hint_text().is_some() && !e.to_string().contains("cannot be used"), "{e}");
+        assert_eq!(deletions.load(Ordering::Relaxed), 0);
+    }
+}

@@ -130,3 +130,31 @@ fn documents_name_no_place_of_one_machine() {
         assert!(Path::new(&file).exists());
     }
 }
+
+#[test]
+fn every_fault_of_the_driver_before_has_tests_that_are_there() {
+    let text = fs::read_to_string(root().join("docs/csi.md")).unwrap();
+    let table = text.split("## Faults of the driver before it").nth(1).unwrap();
+    let mut faults = 0;
+    for line in table.lines().filter(|l| l.starts_with("| ")).skip(2) {
+        let tests: Vec<&str> = line.split(" | ").nth(1).unwrap().split('`').skip(1).step_by(2).collect();
+        assert!(!tests.is_empty(), "{line}");
+        for test in tests {
+            let (place, name) = test.rsplit_once("::").unwrap_or_else(|| panic!("{test}"));
+            // A test program, or a module.
+            let module = place.replace("::", "/");
+            let files =
+                [format!("tests/{module}.rs"), format!("src/{module}.rs"), format!("src/{module}/mod.rs")];
+            let sources: Vec<String> =
+                files.iter().filter_map(|f| fs::read_to_string(root().join(f)).ok()).collect();
+            let is_there = sources.iter().any(|s| {
+                s.split(&format!("fn {name}("))
+                    .next()
+                    .is_some_and(|before| before.len() < s.len() && before.trim_end().ends_with("#[test]"))
+            });
+            assert!(is_there, "{test}: none of {files:?} has such a test");
+        }
+        faults += 1;
+    }
+    assert!(faults >= 21, "only {faults} faults: are they still found?");
+}

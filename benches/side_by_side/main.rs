@@ -5,12 +5,14 @@
 //! ```
 //!
 //! The parts: `attach` (one volume, fresh and existing, beside the same by hand), `parallel` (many at once),
-//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device).
+//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), `csi` (the driver: calls, memory, many
+//! stages at once).
 //! Whatever is compared runs in turns, so that a machine that becomes slower slows both. The result is
 //! Markdown on stdout; the story is on stderr. It needs root.
 
 mod attach;
 mod command;
+mod csi;
 mod floor;
 #[path = "../../tests/support/mod.rs"]
 mod support;
@@ -28,7 +30,7 @@ pub struct Scale {
     pub parallel: usize,
 }
 
-const PARTS: [&str; 4] = ["attach", "parallel", "memory", "transport"];
+const PARTS: [&str; 5] = ["attach", "parallel", "memory", "transport", "csi"];
 
 fn main() {
     let mut parts = Vec::new();
@@ -60,6 +62,9 @@ fn main() {
     }
     if wanted("transport") {
         transport::compare(&scale);
+    }
+    if wanted("csi") {
+        csi::driver(&scale);
     }
 }
 

@@ -89,6 +89,7 @@ pub(super) fn s3(catalog: &S3Catalog, id: &VolumeId, stop: &dyn Fn() -> bool) ->
             .map_err(|e| e.on(id))?;
         let paths: Vec<_> = page.result.objects.into_iter().map(|o| o.location).collect();
         if paths.is_empty() {
+            check_listing(catalog, id)?;
             return Ok(done);
         }
         if let Some(strange) = paths.iter().find(|p| !p.as_ref().starts_with(&prefix)) {
@@ -112,4 +113,20 @@ pub(super) fn s3(catalog: &S3Catalog, id: &VolumeId, stop: &dyn Fn() -> bool) ->
         catalog.exchange("delete the objects of a volume", work).map_err(|e| e.on(id))?;
         done += count;
     }
+}
+
+/// What is no listing at all, such as a login page, reads as an empty one. So a volume counts as empty only where a listing
+/// shows what is certainly there: the record of the very volume.
+fn check_listing(catalog: &S3Catalog, id: &VolumeId) -> Result<()> {
+    let record = catalog.full_key(&super::key(id));
+    let options = PaginatedListOptions { max_keys: Some(1), ..Default::default() };
+    let page = catalog
+        .exchange("list", catalog.store().list_paginated(Some(&record), options))
+        .map_err(|e| e.on(id))?;
+    if page.result.objects.iter().any(|o| o.location.as_ref() == record) {
+        return Ok(());
+    }
+    Err(Error::refused("the server lists nothing of it, but not its record either, which is there")
+        .on(id)
+        .hint("nothing more was deleted; check that awsEndpoint is an S3 server"))
 }

@@ -300,6 +300,10 @@ impl Driver {
         req: &ControllerUnpublishVolumeRequest,
         volume: &VolumeId,
     ) -> Result<ControllerUnpublishVolumeResponse, Refusal> {
+        // Without one it is for whichever node has it.
+        if !req.node_id.is_empty() {
+            request::node(&req.node_id)?;
+        }
         let catalog = self.backend.catalog()?;
         let done = Ok(ControllerUnpublishVolumeResponse {});
         // Seen with our own eyes: it is still staged.

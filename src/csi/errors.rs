@@ -53,15 +53,17 @@ impl Refusal {
 
     /// As gRPC tells it: the volume, the step that failed, what happened, and what to do.
     pub fn status(&self) -> Status {
-        const LONGEST: usize = 2048;
+        // What a caller sent may be quoted in it. The hint is ours, and stays whole.
+        const LONGEST: usize = 1536;
         let mut text = self.error.to_string();
-        if let Some(hint) = self.error.hint_text() {
-            text.push_str("; hint: ");
-            text.push_str(hint);
-        }
         if text.len() > LONGEST {
             let cut = (0..=LONGEST).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
             text.truncate(cut);
+            text.push('…');
+        }
+        if let Some(hint) = self.error.hint_text() {
+            text.push_str("; hint: ");
+            text.push_str(hint);
         }
         Status::new(self.code(), text)
     }
@@ -105,6 +107,7 @@ mod tests {
         let status = Refusal::from(e).status();
         assert_eq!(status.code(), Code::Internal);
         assert_eq!(status.message(), "volume vol1: step replay: the keeper is gone; hint: do this");
-        assert!(Refusal::from(Error::failed("ä".repeat(9000))).status().message().len() <= 2048);
+        let long = Refusal::from(Error::failed("ä".repeat(9000)).hint("do this")).status();
+        assert!(long.message().len() <= 2048 && long.message().ends_with("; hint: do this"));
     }
 }

@@ -205,6 +205,13 @@ impl Driver {
         let capability = request::capability(req.volume_capability.as_ref())?;
         let folder = request::path("staging_target_path", &req.staging_target_path)?;
         request::parameters(&req.volume_context)?;
+        let (at, from) = (target.as_path(), folder.as_path());
+        if at.starts_with(from) || from.starts_with(at) {
+            return Err(Error::usage("target_path is at, in or around staging_target_path")
+                .on(volume)
+                .hint("give each pod a folder of its own")
+                .into());
+        }
         let read_only = req.readonly
             || capability.read_only()
             || req.publish_context.get(CONTEXT_READ_ONLY).is_some_and(|v| v == "true");
@@ -298,17 +305,12 @@ impl Driver {
         if req.volume_path.is_empty() {
             return Err(missing("volume_path").into());
         }
-        if !req.volume_path.starts_with('/') {
-            // No volume is ever at such a place.
-            return Err(Error::new(
-                Kind::NotFound,
-                "volume_path is not an absolute path, so it is not there",
-            )
-            .on(&volume)
-            .hint("give it from the root on")
-            .into());
-        }
-        let at = request::path("volume_path", &req.volume_path)?;
+        // Where no volume can be, there is none.
+        let at = request::path("volume_path", &req.volume_path).map_err(|e| {
+            Error::new(Kind::NotFound, e.message())
+                .on(&volume)
+                .hint(format!("it is not there; see where it is: zerofsctl show {volume}"))
+        })?;
         let stats = condition::stats(&self.config.run_dir, &volume, &at)?;
         Ok(NodeGetVolumeStatsResponse { usage: stats.usage, volume_condition: Some(stats.condition) })
     }

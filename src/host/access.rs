@@ -39,6 +39,9 @@ impl Drop for Stored {
 
 const FORMAT: u32 = 1;
 
+/// Where it is written before it is put in its place.
+const BESIDE: &str = ".access.json.new";
+
 fn path(folder: &Path) -> PathBuf {
     folder.join("access.json")
 }
@@ -61,7 +64,7 @@ pub fn save(folder: &Path, url: &StorageUrl, s3: &S3Settings) -> Result<()> {
             .map_err(|e| Error::failed(format!("cannot encode the access file: {e}")))?,
     );
     let path = path(folder);
-    crate::atomic_file::replace(&path, &folder.join(".access.json.new"), &bytes).doing("write", &path)
+    crate::atomic_file::replace(&path, &folder.join(BESIDE), &bytes).doing("write", &path)
 }
 
 /// Reads it back; none when there is none.
@@ -100,11 +103,14 @@ pub fn load(folder: &Path) -> Result<Option<(StorageUrl, S3Settings)>> {
 
 /// Removes it.
 pub fn remove(folder: &Path) -> Result<()> {
-    let path = path(folder);
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).doing("remove", &path),
-        _ => Ok(()),
+    // A save that was killed has left what it wrote beside.
+    for path in [path(folder), folder.join(BESIDE)] {
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).doing("remove", &path),
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -133,7 +139,10 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         let (url_back, s3_back) = load(dir.path()).unwrap().unwrap();
         assert_eq!((url_back, s3_back.credentials), (url, Some(credentials)));
+        // One that was killed while it saved.
+        std::fs::write(dir.path().join(BESIDE), "{").unwrap();
         remove(dir.path()).unwrap();
         assert!(load(dir.path()).unwrap().is_none());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

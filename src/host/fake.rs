@@ -111,6 +111,17 @@ impl FakeHost {
         host
     }
 
+    /// Tells it of a volume that a catalog has a record of. What it knows better stays as it is.
+    pub fn know(&self, capacity: ByteSize, fs: Option<FsType>, content: Content, epoch: u64) {
+        let mut w = self.world.borrow_mut();
+        match &mut w.record {
+            // Grown in the catalog while nobody had it.
+            Some(record) if !record.owned => record.capacity = record.capacity.max(capacity),
+            Some(_) => {}
+            None => w.record = Some(Record { capacity, fs, content, epoch, owned: false }),
+        }
+    }
+
     /// Dies at the `n`th instant from now: even numbers before a change, odd ones after it.
     pub fn kill_at(&self, n: Option<u64>) {
         *self.kill_at.borrow_mut() = n.map(|n| *self.instants.borrow() + n);

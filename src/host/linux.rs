@@ -677,18 +677,13 @@ impl LinuxHost {
     }
 
     /// What a keeper makes in the run folder, by name; not the log, which may hold what nobody else has.
-    fn keeper_names() -> [&'static str; 9] {
-        [
-            RECORD,
-            keeper::CONFIG,
-            keeper::PID_FILE,
-            "keeper.lock",
-            control::SOCKET,
-            "zerofs.pid",
-            config::NINEP_SOCKET,
-            config::NBD_SOCKET,
-            config::RPC_SOCKET,
-        ]
+    fn keeper_names() -> Vec<String> {
+        const WRITTEN: [&str; 4] = [RECORD, keeper::CONFIG, keeper::PID_FILE, "zerofs.pid"];
+        const OTHERS: [&str; 5] =
+            ["keeper.lock", control::SOCKET, config::NINEP_SOCKET, config::NBD_SOCKET, config::RPC_SOCKET];
+        // A writer that was killed has left what it had not put in its place.
+        let beside = WRITTEN.iter().map(|name| keeper::process::beside(Path::new(name)));
+        WRITTEN.iter().chain(&OTHERS).map(|name| (*name).to_owned()).chain(beside).collect()
     }
 
     /// Removes what a stopped keeper leaves in the run folder; each by its name, nothing else.
@@ -697,7 +692,7 @@ impl LinuxHost {
         let (fuse, _) = self.dirs.fuse(volume);
         remove(std::fs::remove_dir(&fuse), &fuse)?;
         let log_is_empty = self.left_behind(volume)? == 0;
-        for name in Self::keeper_names().into_iter().chain(log_is_empty.then_some(log::FILE_NAME)) {
+        for name in Self::keeper_names().into_iter().chain(log_is_empty.then(|| log::FILE_NAME.to_owned())) {
             let path = folder.join(name);
             remove(std::fs::remove_file(&path), &path)?;
         }
@@ -853,7 +848,7 @@ impl Observe for LinuxHost {
     fn keeper_files(&self, volume: &VolumeId) -> Result<bool> {
         let folder = self.dirs.volume_run(volume);
         let (fuse, _) = self.dirs.fuse(volume);
-        let mut names = Self::keeper_names().into_iter().chain([log::FILE_NAME]);
+        let mut names = Self::keeper_names().into_iter().chain([log::FILE_NAME.to_owned()]);
         Ok(fuse.exists() || names.any(|name| folder.join(name).exists()))
     }
 

@@ -14,7 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
@@ -36,6 +36,9 @@ const MAX_TRANSFER: u32 = 1 << 20;
 const BACKGROUND: u16 = 128;
 /// Readers of /dev/fuse. Each does little, and more than the processors only add switches.
 const THREADS: usize = 2;
+
+/// How long a session may take to end after its unmount; it takes a millisecond.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// A mounted file.
 pub(super) struct Mount {
@@ -101,6 +104,19 @@ impl Mount {
                 let e = Err::<(), _>(e).doing("unmount", &self.dir).expect_err("it is one");
                 return Err((self, e));
             }
+        }
+        // Nobody has the file open any more. A copy of the mount in another mount namespace, as any container that starts
+        // may get one, still keeps the session: it is left to that, and ends with this process at the latest.
+        let until = Instant::now() + LINGER;
+        while !self.session.is_finished() {
+            if Instant::now() >= until {
+                tracing::warn!(
+                    "{} is unmounted, but another mount namespace has a copy of it",
+                    self.dir.display()
+                );
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
         if let Ok(Err(e)) = self.session.join() {
             tracing::warn!("the FUSE session on {} ended with: {e}", self.dir.display());

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -77,10 +78,21 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     let mut text = serde_json::to_vec(value).map_err(io::Error::from).doing("encode", path)?;
     text.push(b'\n');
-    let mut file = tempfile::NamedTempFile::new_in(dir).doing("write", path)?;
-    file.write_all(&text).doing("write", path)?;
-    file.persist(path).map_err(|e| e.error).doing("write", path)?;
-    Ok(())
+    // Of a fixed name, and so one that whoever cleans up knows: a writer can be killed.
+    let beside = dir.join(beside(path));
+    match std::fs::remove_file(&beside) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).doing("remove", &beside),
+        _ => {}
+    }
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(&beside).doing("write", &beside)?;
+    file.write_all(&text).doing("write", &beside)?;
+    std::fs::rename(&beside, path).doing("write", path)
+}
+
+/// The name under which a file is written before it is put in its place.
+pub(crate) fn beside(path: &Path) -> String {
+    format!(".{}.new", path.file_name().unwrap_or_default().to_string_lossy())
 }
 
 /// The start time out of the text of `/proc/<pid>/stat`.

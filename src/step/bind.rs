@@ -37,6 +37,17 @@ impl Bind {
         }
     }
 
+    /// A device's node says by itself nothing of who may write: the device does.
+    fn check_device(&self, facts: &Facts) -> Result<()> {
+        if self.read_only && !facts.device()?.read_only {
+            return Err(Error::refused("a device that is staged read-write cannot be handed out read-only")
+                .hint(
+                    "give the volume the access mode SINGLE_NODE_READER_ONLY (ReadOnlyMany is not served)",
+                ));
+        }
+        Ok(())
+    }
+
     /// The device can have another name since a keeper was replaced.
     fn learn_device(volume: &VolumeId, facts: &mut Facts, host: &dyn Observe) -> Result<()> {
         if let Some(device) = host.device(volume)?.device {
@@ -76,6 +87,9 @@ impl Act for Bind {
         Self::learn_device(volume, facts, host)?;
         match host.target(&self.target)? {
             TargetView::MountPoint(entry) if self.is_ours(&entry, facts, host)? => {
+                if self.source.is_none() {
+                    self.check_device(facts)?;
+                }
                 // Of a device's node, the mount's own flag means nothing: the device says whether it takes writes.
                 if self.source.is_some() && entry.read_only != self.read_only {
                     let (is, asked) = if entry.read_only {
@@ -105,14 +119,7 @@ impl Act for Bind {
         let device = facts.device()?.clone();
         let missing = host.target(&self.target)? == TargetView::Missing;
         let Some(source) = &self.source else {
-            if self.read_only && !device.read_only {
-                return Err(Error::refused(
-                    "a device that is staged read-write cannot be handed out read-only",
-                )
-                .hint(
-                    "give the volume the access mode SINGLE_NODE_READER_ONLY (ReadOnlyMany is not served)",
-                ));
-            }
+            self.check_device(facts)?;
             // From here on anything may write to the device without our knowing.
             if !device.read_only && !matches!(facts.content, Some(Content::Raw | Content::Formatted)) {
                 host.record_content(volume, Content::Raw, None)?;

@@ -38,16 +38,10 @@ pub struct Driver {
 pub fn command(node: &Node, more: &[&str]) -> (Command, PathBuf) {
     let socket = node.dir.join("csi.sock");
     let endpoint = format!("unix://{}", socket.display());
-    let mut words = vec![
-        "csi",
-        "serve",
-        "--endpoint",
-        &endpoint,
-        "--node-id",
-        "n1",
-        "--metrics-bind-address",
-        "127.0.0.1:0",
-    ];
+    let mut words = vec!["csi", "serve", "--endpoint", &endpoint, "--metrics-bind-address", "127.0.0.1:0"];
+    if !more.contains(&"--node-id") {
+        words.extend(["--node-id", "n1"]);
+    }
     words.extend(more);
     let mut command = node.command(&words);
     for name in ["CSI_ENDPOINT", "METRICS_BIND_ADDRESS"] {
@@ -108,7 +102,8 @@ impl Driver {
         let mut found = None;
         wait_until("the driver tells its metrics' address", LIMIT, || {
             let log = self.log();
-            let at = log.rfind("http://").map(|at| &log[at + 7..]);
+            let mark = "metrics on http://";
+            let at = log.rfind(mark).map(|at| &log[at + mark.len()..]);
             found = at.and_then(|rest| rest.split("/metrics").next()?.parse().ok());
             found.is_some()
         });
@@ -137,6 +132,8 @@ pub struct Client {
     runtime: tokio::runtime::Runtime,
     /// For calls that this has no word for.
     pub channel: Channel,
+    /// The deadline of each call.
+    pub limit: Duration,
 }
 
 /// How a volume is wanted.
@@ -174,7 +171,7 @@ macro_rules! ask {
         let mut client = $client::new($self.channel.clone());
         let request = tonic::Request::new($request);
         $self.runtime.block_on(async {
-            match tokio::time::timeout(LIMIT, client.$call(request)).await {
+            match tokio::time::timeout($self.limit, client.$call(request)).await {
                 Ok(answer) => answer.map(tonic::Response::into_inner),
                 Err(_) => Err(Status::new(Code::DeadlineExceeded, "the test gave up")),
             }
@@ -190,7 +187,7 @@ impl Client {
         let address = format!("unix://{}", socket.display());
         let endpoint = tonic::transport::Endpoint::from_shared(address).expect("an address");
         let channel = runtime.block_on(async { endpoint.connect_lazy() });
-        Client { runtime, channel }
+        Client { runtime, channel, limit: LIMIT }
     }
 
     /// Runs anything on the client's runtime.

@@ -12,8 +12,11 @@ pub mod fio;
 pub mod forgetful;
 pub mod http;
 pub mod keeper;
+pub mod kubelet;
+pub mod model;
 pub mod moto;
 pub mod proxy;
+pub mod sanity;
 pub mod vm;
 pub mod zerofs;
 
