@@ -8,14 +8,12 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
+use support::watch::Watch;
 use support::{require_program, wait_until};
 use zerofsctl::host::nbd::{self, sysfs};
 
@@ -41,49 +39,6 @@ fn device(node: &Node, volume: &str) -> u32 {
     let found = node.found(volume);
     let path = found["device"]["path"].as_str().unwrap_or_else(|| panic!("no device: {found:#}"));
     sysfs::index_of(Path::new(path)).unwrap_or_else(|| panic!("no NBD device: {found:#}"))
-}
-
-/// `zerofsctl watch`, until it is dropped.
-struct Watch {
-    child: Child,
-    log: std::path::PathBuf,
-}
-
-impl Watch {
-    fn start(node: &Node) -> Watch {
-        let log = node.dir.join("watch.log");
-        let mut command = node.command(&["watch", "--log-format", "json"]);
-        let child = command.stderr(File::create(&log).unwrap()).stdout(Stdio::null()).spawn().unwrap();
-        let watch = Watch { child, log };
-        watch.wait_for("watching", 1);
-        watch
-    }
-
-    fn wait_for(&self, event: &str, times: usize) {
-        wait_until(&format!("{times} {event} of the watcher"), LONG, || self.count(event) >= times);
-    }
-
-    fn count(&self, event: &str) -> usize {
-        let text = fs::read_to_string(&self.log).unwrap();
-        // The last line may still be on its way.
-        let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
-        lines.filter(|l| l["event"] == event).count()
-    }
-
-    /// SIGTERM; it must end with success, and leave the keepers alone.
-    fn stop(mut self) {
-        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "{status}: {}", fs::read_to_string(&self.log).unwrap());
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        // After a stop there is nothing to kill.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// Writes and syncs block after block into a file, on a thread; an error of any of them fails the test.

@@ -149,14 +149,15 @@ fn pick(
 pub fn transport(wanted: Transport) -> Result<Transport> {
     let ready = || match nbd::supported()? {
         nbd::Support::NoModule { on_disk: true, .. } => Ok(()),
-        support => support.require(),
+        support => support.require().and_then(|()| nbd::capacity::require_one()),
     };
     pick(wanted, ready, require_fuse)
 }
 
 /// The same, with the module loaded.
 pub fn prepare(wanted: Transport) -> Result<Transport> {
-    pick(wanted, nbd::ensure, require_fuse)
+    let ready = || nbd::ensure().and_then(|()| nbd::capacity::require_one());
+    pick(wanted, ready, require_fuse)
 }
 
 /// The one kernel feature that the fuse transport cannot do without.

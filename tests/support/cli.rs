@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use zerofsctl::host::nbd::sysfs;
 
 use super::dir::{Leftover, TestDir, leftovers};
 use super::{require_root, wait_until, zerofs_bin};
@@ -139,7 +140,17 @@ impl Node {
 
     /// The processes of this node: the keepers' and the servers' pids.
     pub fn processes(&self) -> (Vec<i32>, Vec<i32>) {
-        let own = super::dir::processes(self.dir.path());
+        self.processes_of("")
+    }
+
+    /// The same, of one volume only.
+    fn processes_of(&self, volume: &str) -> (Vec<i32>, Vec<i32>) {
+        let mut own = super::dir::processes(self.dir.path());
+        // Both have a folder of the volume in their command lines.
+        let folder = format!("/volumes/{volume}");
+        let of_volume =
+            |rest: &str| volume.is_empty() || !rest.starts_with(|c: char| c.is_alphanumeric() || c == '-');
+        own.retain(|(_, command)| command.split(&*folder).skip(1).any(of_volume));
         let (keepers, rest): (Vec<_>, Vec<_>) =
             own.into_iter().partition(|(_, command)| command.contains("--volume-run-dir"));
         let servers = rest.into_iter().filter(|(_, command)| command.contains("config.toml"));
@@ -148,7 +159,12 @@ impl Node {
 
     /// Kills with SIGKILL, and waits until the dead are gone. Whether there was anybody to kill.
     pub fn kill(&self, victim: Victim) -> bool {
-        let (keepers, servers) = self.processes();
+        self.kill_of("", victim)
+    }
+
+    /// The same, of one volume only.
+    pub fn kill_of(&self, volume: &str, victim: Victim) -> bool {
+        let (keepers, servers) = self.processes_of(volume);
         let mut dead: Vec<i32> = Vec::new();
         // The keeper first: it must not have time to start the server again.
         if matches!(victim, Victim::Keeper | Victim::Both) {
@@ -162,7 +178,7 @@ impl Node {
             let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
         }
         wait_until("killed processes are gone", Duration::from_secs(10), || {
-            let (keepers, servers) = self.processes();
+            let (keepers, servers) = self.processes_of(volume);
             !dead.iter().any(|pid| keepers.contains(pid) || servers.contains(pid))
         });
         !dead.is_empty()
@@ -187,11 +203,17 @@ impl Node {
         let loops = there.iter().filter(|l| matches!(l, Leftover::Loop(..))).count();
         let mounts = there.iter().filter(|l| matches!(l, Leftover::Mount(_))).count();
         let (keepers, servers) = self.processes();
+        // The fuse transport has a mount and a loop device of its own.
+        let fuse = usize::from(found["transport"] == "fuse");
         assert_eq!(
             (loops, mounts, keepers.len(), servers.len()),
-            (1, 1 + targets.iter().filter(|t| Path::new(t).is_dir()).count(), 1, 1),
+            (fuse, fuse + targets.iter().filter(|t| Path::new(t).is_dir()).count(), 1, 1),
             "{when}: loop devices, mounts, keepers, servers: {there:#?}"
         );
+        let backend = format!("zerofs:{volume}");
+        let devices = sysfs::all().expect("sysfs can be read");
+        let nbd = devices.iter().filter(|d| d.connected && d.backend.as_deref() == Some(&backend)).count();
+        assert_eq!(nbd, 1 - fuse, "{when}: NBD devices: {devices:#?}");
     }
 
     /// Fails if a process, mount, device or file of an attached volume is left.

@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+/// For how long the end of a killed fio is waited for.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
 /// A job to be: fio's options, line by line.
 pub struct FioJob {
     name: String,
@@ -125,7 +128,11 @@ impl FioRun {
 impl Drop for FioRun {
     fn drop(&mut self) {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        // One whose I/O hangs in the kernel cannot be killed; a test that fails for that must come to its end all the same.
+        let began = Instant::now();
+        while self.child.try_wait().is_ok_and(|ended| ended.is_none()) && began.elapsed() < KILL_LIMIT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

@@ -13,11 +13,14 @@ pub mod forgetful;
 pub mod http;
 pub mod keeper;
 pub mod kubelet;
+pub mod ledger;
+pub mod matrix;
 pub mod model;
 pub mod moto;
 pub mod proxy;
 pub mod sanity;
 pub mod vm;
+pub mod watch;
 pub mod zerofs;
 
 use std::path::{Path, PathBuf};

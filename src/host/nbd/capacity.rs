@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::usage::read_small;
-use crate::error::{Error, Result};
+use crate::error::{Doing, Error, Result};
 
 /// A device number has 20 bits for the minor number.
 const MINORS: u32 = 1 << 20;
@@ -25,7 +25,9 @@ pub struct Capacity {
     pub existing: u32,
     /// How many of them are connected.
     pub connected: u32,
-    /// How many there can be: netlink makes further ones when asked for an index, up to what device numbers allow.
+    /// How many there can be: netlink makes a further one when all are connected, up to what device numbers allow,
+    /// whatever `nbds_max` says. It is no promise that a scheduler could be given: memory for so many volumes runs out
+    /// long before, so how many a node shall take is for its operator to say.
     pub limit: u32,
 }
 
@@ -56,7 +58,7 @@ impl Capacity {
     }
 }
 
-/// The numbers of this machine. For the volume limit of a CSI node: [`Capacity::limit`].
+/// The numbers of this machine.
 ///
 /// # Errors
 /// When the list of block devices cannot be read.
@@ -64,6 +66,21 @@ pub fn capacity() -> Result<Capacity> {
     let devices = super::sysfs::all()?;
     let connected = devices.iter().filter(|d| d.connected).count();
     Ok(of(Path::new("/sys"), devices.len(), connected))
+}
+
+/// [`Capacity::require_one`] of this machine, at the price of one list of names as long as there is room for new devices.
+///
+/// # Errors
+/// Those of [`Capacity::require_one`] and [`capacity()`].
+pub fn require_one() -> Result<()> {
+    let block = Path::new("/sys/block");
+    let entries = std::fs::read_dir(block).doing("read", block)?;
+    let existing =
+        entries.flatten().filter(|e| super::sysfs::index_of(Path::new(&e.file_name())).is_some()).count();
+    if of(Path::new("/sys"), existing, 0).limit as usize > existing {
+        return Ok(());
+    }
+    capacity()?.require_one()
 }
 
 /// The same, where the devices were counted already.

@@ -11,14 +11,14 @@
 //! | [`netlink::LinkDead`] | listens for connections that the kernel has given up |
 //! | [`disconnect_and_wait`]`(index, limit)` | disconnects, and waits until the kernel has let go |
 //! | [`sysfs::all`], [`sysfs::one`], [`sysfs::find`]`(backend)` | what the devices look like now |
-//! | [`capacity()`] | how many devices there are and can be |
+//! | [`capacity()`], [`capacity::require_one`]`()` | how many devices there are and can be; whether one more can |
 //! | [`survey::take`] | every device, who uses and serves it, and what it is to us |
 //!
 //! Nothing here asks whether a device is in use: the kernel disconnects a mounted device without a word, so the caller
 //! must have proved that it is not. And nothing here trusts `pid` in sysfs: it is the process that made the
 //! connection, which has gone in most cases.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
@@ -39,8 +39,8 @@ pub use capacity::capacity;
 pub const BACKEND_PREFIX: &str = "zerofs:";
 
 /// How to load the module, now and at each boot.
-pub const MODULE_HINT: &str =
-    "load it: modprobe nbd nbds_max=64; and at each boot: echo nbd > /etc/modules-load.d/nbd.conf";
+pub const MODULE_HINT: &str = "load it: modprobe nbd nbds_max=64; and at each boot: echo nbd > /etc/modules-load.d/nbd.conf && \
+echo 'options nbd nbds_max=64' > /etc/modprobe.d/nbd.conf";
 
 /// The backend identifier of a volume's device.
 pub fn backend_id(volume: &VolumeId) -> String {
@@ -96,15 +96,18 @@ pub fn supported() -> Result<Support> {
         Ok(_) if nix::unistd::geteuid().is_root() => Ok(Support::Fine),
         Ok(_) => Ok(Support::NoPrivilege),
         Err(e) if e.kind() == Kind::NotFound => {
-            let there = ["/sys/module/nbd", "/sys/block/nbd0"].into_iter().any(|p| Path::new(p).exists());
-            if there {
-                return Ok(Support::NoNetlink);
-            }
-            let release = release();
-            Ok(Support::NoModule { on_disk: module_in(&module_dir(&release)), release })
+            Ok(without_family(Path::new("/sys"), Path::new("/lib/modules"), release()))
         }
         Err(e) => Err(e),
     }
+}
+
+/// What it is that lacks when there is no netlink family: a module that is there, loaded or built in, has none.
+fn without_family(sys: &Path, modules: &Path, release: String) -> Support {
+    if ["module/nbd", "block/nbd0"].into_iter().any(|p| sys.join(p).exists()) {
+        return Support::NoNetlink;
+    }
+    Support::NoModule { on_disk: module_in(&modules.join(&release)), release }
 }
 
 /// Makes sure that devices can be connected: tries to load the module when it is on the disk and not in the kernel.
@@ -128,10 +131,6 @@ const SBIN: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 fn release() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").map(|s| s.trim().to_owned()).unwrap_or_default()
-}
-
-fn module_dir(release: &str) -> PathBuf {
-    Path::new("/lib/modules").join(release)
 }
 
 /// Whether the folder of a kernel's modules has nbd, loadable or built in.
@@ -211,6 +210,23 @@ mod tests {
     }
 
     #[test]
+    fn a_module_without_netlink_is_told_from_no_module() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sys, modules) = (dir.path().join("sys"), dir.path().join("modules"));
+        let lack = || without_family(&sys, &modules, "6.1".into());
+        assert_eq!(lack(), Support::NoModule { on_disk: false, release: "6.1".into() });
+        std::fs::create_dir_all(modules.join("6.1")).unwrap();
+        std::fs::write(modules.join("6.1/modules.dep"), "kernel/drivers/block/nbd.ko:\n").unwrap();
+        assert_eq!(lack(), Support::NoModule { on_disk: true, release: "6.1".into() });
+        // A loaded module shows itself in the one, one built in may only show in the other.
+        for there in ["module/nbd", "block/nbd0"] {
+            std::fs::create_dir_all(sys.join(there)).unwrap();
+            assert_eq!(lack(), Support::NoNetlink, "{there}");
+            std::fs::remove_dir_all(&sys).unwrap();
+        }
+    }
+
+    #[test]
     fn each_lack_has_a_hint_of_its_own() {
         let lacks = [
             Support::NoModule { on_disk: true, release: "6.1".into() },
@@ -221,7 +237,8 @@ mod tests {
         let hints: std::collections::HashSet<_> =
             lacks.iter().map(|l| l.require().unwrap_err().hint_text().unwrap().to_owned()).collect();
         assert_eq!(hints.len(), lacks.len());
-        assert!(lacks[0].require().unwrap_err().hint_text().unwrap().contains("/etc/modules-load.d"));
+        let hint = lacks[0].require().unwrap_err().hint_text().unwrap().to_owned();
+        assert!(hint.contains("/etc/modules-load.d") && hint.contains("/etc/modprobe.d"), "{hint}");
         assert!(Support::Fine.require().is_ok());
     }
 }

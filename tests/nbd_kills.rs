@@ -1,0 +1,339 @@
+//! Everything behind a kernel NBD device dies, at random instants and under a verifying load, with the real ZeroFS, a
+//! real filesystem and `zerofsctl watch`: each death is a stall and nothing else; on the direct path, an error at worst.
+//! Needs root and a kernel with the nbd module: it runs in the virtual machine.
+//!
+//! The long run (`make test-long PART=nbd-kills`) does many kills. The figures are printed.
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rand::Rng;
+use rand::rngs::StdRng;
+use support::cli::{Node, Victim};
+use support::ledger::{
+    Ledger, Promise, drop_caches, fio, judge, print_stalls, reading, rng, stalls, writing,
+};
+use support::rounds;
+use support::vm::{Baseline, KernelLog, require_nbd};
+use support::watch::Watch;
+use zerofsctl::host::nbd::{netlink, sysfs};
+use zerofsctl::keeper::client::KeeperClient;
+use zerofsctl::keeper::control::State;
+
+const SECOND: Duration = Duration::from_secs(1);
+/// No stall that these tests cause is longer, on any machine that is worth a result.
+const LIMIT: Duration = Duration::from_secs(180);
+/// At most that many kills in one round of load.
+const KILLS: u32 = 6;
+
+/// An attached volume, and its watcher.
+struct Lab {
+    node: Node,
+    watch: Option<Watch>,
+    index: u32,
+    before: Baseline,
+    kernel: KernelLog,
+}
+
+impl Lab {
+    fn new(options: &[&str]) -> Lab {
+        require_nbd();
+        let node = Node::new();
+        let (before, kernel) = (Baseline::take(), KernelLog::from_now());
+        attach(&node, options);
+        let watch = Some(Watch::start(&node));
+        let index = device(&node);
+        Lab { node, watch, index, before, kernel }
+    }
+
+    fn target(&self) -> PathBuf {
+        target(&self.node)
+    }
+
+    /// How many requests the device has answered.
+    fn answered(&self) -> u64 {
+        let text =
+            fs::read_to_string(format!("/sys/block/nbd{}/stat", self.index)).expect("it has statistics");
+        let fields: Vec<u64> = text.split_whitespace().map(|f| f.parse().expect("a number")).collect();
+        // Reads, writes, discards and flushes.
+        [0, 4, 11, 15].iter().filter_map(|i| fields.get(*i)).sum()
+    }
+
+    /// Whether the device has a keeper other than this one, which serves it, with a ZeroFS other than that one.
+    fn serves_again(&self, dead: &[i32]) -> bool {
+        let folder = self.node.run_root().join("volumes/vol1");
+        let status = KeeperClient::connect(&folder).and_then(|mut keeper| keeper.status());
+        status.is_ok_and(|s| {
+            let fresh = |pid| !dead.contains(&pid);
+            fresh(s.keeper.pid)
+                && s.zerofs.is_some_and(|z| fresh(z.pid))
+                && s.state == State::Ready
+                && s.nbd.is_some_and(|n| n.connections > 0)
+        })
+    }
+
+    /// Kills, and waits until I/O goes on; none when there was nobody to kill.
+    fn strike(&self, victim: Victim, rng: &mut StdRng) -> Option<Stall> {
+        let (keepers, servers) = self.node.processes();
+        let mut dead = match victim {
+            Victim::Keeper => keepers,
+            Victim::Zerofs => servers,
+            _ => [keepers, servers].concat(),
+        };
+        if rng.random() {
+            dead.reverse();
+        }
+        std::thread::sleep(rng.random_range(Duration::ZERO..SECOND / 20));
+        let at = Instant::now();
+        dead.retain(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok());
+        if dead.is_empty() {
+            return None;
+        }
+        let mut count = self.answered();
+        let (mut last, mut io, mut restart) = (at, None, None);
+        while io.is_none() || restart.is_none() {
+            std::thread::sleep(Duration::from_millis(3));
+            let now = Instant::now();
+            if restart.is_none() && self.serves_again(&dead) {
+                restart = Some(at.elapsed());
+            }
+            let answered = self.answered();
+            if answered != count {
+                // What comes soon after a kill was answered before.
+                if now - last > SECOND / 25 && io.is_none() {
+                    io = Some(now - at);
+                }
+                (count, last) = (answered, now);
+            }
+            // The load may have come to its end.
+            if restart.is_some_and(|r| at.elapsed() > r + 5 * SECOND) {
+                break;
+            }
+            assert!(at.elapsed() < LIMIT, "no I/O for {LIMIT:?}\n{}", self.diagnosis());
+        }
+        Some(Stall { at, restart: restart?, io })
+    }
+
+    /// What is wrong with the filesystem and its device, if anything.
+    fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let shown = self.node.json(&["show", "vol1"]);
+        if shown["found"]["state"] != "attached" {
+            faults.push(format!("it is {}", shown["found"]["state"]));
+        }
+        if shown["status"]["stats"]["errors"] != 0 {
+            faults.push(format!("errors were delivered: {}", shown["status"]["stats"]));
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        match mounts.lines().find(|l| l.split(' ').nth(4) == self.target().to_str()) {
+            None => faults.push("it is not mounted".to_owned()),
+            Some(line) if line.split([' ', ',']).any(|o| o == "ro" || o == "shutdown") => {
+                faults.push(format!("the filesystem went read-only: {line}"));
+            }
+            Some(_) => {}
+        }
+        let errors = fs::read_to_string(format!("/sys/fs/ext4/nbd{}/errors_count", self.index));
+        if errors.as_deref().map(str::trim).unwrap_or("untold") != "0" {
+            faults.push(format!("ext4's count of errors is {errors:?}"));
+        }
+        // "I/O error, dev nbd0", "Buffer I/O error on dev nbd0", "EXT4-fs error (device nbd0)".
+        faults.extend(
+            self.kernel.lines().into_iter().filter(|l| l.contains("I/O error") || l.contains("-fs error")),
+        );
+        faults
+    }
+
+    /// For a test that fails.
+    fn diagnosis(&self) -> String {
+        let mut text = format!("device: {:?}\n", sysfs::one(self.index));
+        let last = |text: &str, n: usize| {
+            let lines: Vec<&str> = text.lines().collect();
+            lines[lines.len().saturating_sub(n)..].join("\n")
+        };
+        for name in ["keeper.log", "zerofs.log"] {
+            let log = fs::read_to_string(self.node.state().join("logs/vol1").join(name)).unwrap_or_default();
+            text += &format!("--- {name}\n{}\n", last(&log, 40));
+        }
+        let folder = self.node.run_root().join("volumes/vol1");
+        text += &format!("--- status\n{:#?}\n", KeeperClient::connect(&folder).and_then(|mut k| k.status()));
+        for name in ["stat", "inflight", "queue/io_timeout"] {
+            let value =
+                fs::read_to_string(format!("/sys/block/nbd{}/{name}", self.index)).unwrap_or_default();
+            text += &format!("--- {name}: {}\n", value.trim());
+        }
+        text += &format!("--- kernel\n{}\n", last(&self.kernel.lines().join("\n"), 60));
+        text += &format!(
+            "--- watcher\n{}\n",
+            fs::read_to_string(self.node.dir.join("watch.log")).unwrap_or_default()
+        );
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            for thread in fs::read_dir(entry.path().join("task")).into_iter().flatten().flatten() {
+                let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+                if status.lines().any(|l| l.starts_with("State:\tD")) {
+                    let stack = fs::read_to_string(thread.path().join("stack")).unwrap_or_default();
+                    let name = fs::read_to_string(thread.path().join("comm")).unwrap_or_default();
+                    text += &format!("--- waits in the kernel: {}\n{stack}\n", name.trim());
+                }
+            }
+        }
+        text
+    }
+
+    /// Detached, with nothing left; what was written is there after another attach, on a sound filesystem.
+    fn end(mut self, files: &[&str]) {
+        if let Some(watch) = self.watch.take() {
+            watch.stop();
+        }
+        let Lab { node, before, .. } = &self;
+        node.ok(&["detach", "vol1"]);
+        before.assert_back();
+        node.ok(&["fsck", "vol1"]);
+        attach(node, &[]);
+        for file in files {
+            reading(fio(node.dir.path(), &target(node).join(file)), true).run(LIMIT).assert_clean();
+        }
+        node.ok(&["detach", "vol1"]);
+        before.assert_back();
+        node.assert_nothing_left("at the end");
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.diagnosis());
+            // Whoever waits for it in the kernel cannot be killed.
+            let _ = netlink::disconnect(self.index);
+        }
+    }
+}
+
+fn target(node: &Node) -> PathBuf {
+    node.dir.join("m")
+}
+
+fn attach(node: &Node, options: &[&str]) {
+    let target = target(node);
+    let words = ["attach", "vol1", "--target", target.to_str().unwrap(), "--transport", "nbd"];
+    node.ok(&[&words, options].concat());
+}
+
+fn device(node: &Node) -> u32 {
+    let found = node.found("vol1");
+    let path = found["device"]["path"].as_str().unwrap_or_else(|| panic!("no device: {found:#}"));
+    sysfs::index_of(Path::new(path)).unwrap_or_else(|| panic!("no NBD device: {found:#}"))
+}
+
+/// What a kill came to.
+struct Stall {
+    at: Instant,
+    /// From the kill until the next processes serve the device.
+    restart: Duration,
+    /// From the kill to the first request that was answered after it; none when nobody asked.
+    io: Option<Duration>,
+}
+
+#[derive(Default)]
+struct Tally {
+    kills: u32,
+    restarts: Vec<Duration>,
+    /// From the kill to the first answer.
+    first: Vec<Duration>,
+    /// The same without the restart's own time.
+    beyond: Vec<Duration>,
+    /// From the kill to the answer of a request that was on its way.
+    under_way: Vec<Duration>,
+}
+
+/// A verifying load, direct and buffered with fsync, during which `victim` is killed again and again; then everything is
+/// read back, on the same mount.
+fn round(lab: &Lab, victim: Victim, at_most: u32, rng: &mut StdRng, tally: &mut Tally) {
+    let job = |name: &str| fio(lab.node.dir.path(), &lab.target().join(name));
+    for name in ["direct", "buffered", "ledger"] {
+        let _ = fs::remove_file(lab.target().join(name));
+    }
+    let sync_every = if rng.random() { 0 } else { 32 };
+    let ledger = Ledger::new(lab.target().join("ledger"), 256).start(rng.random(), sync_every);
+    let mut direct = writing(job("direct"), true, 0).start();
+    let mut buffered = writing(job("buffered"), false, 16).start();
+    let (began, mut blows) = (Instant::now(), Vec::new());
+    while direct.running() || buffered.running() {
+        std::thread::sleep(rng.random_range(SECOND / 5..SECOND));
+        if (blows.len() as u32) < at_most.min(KILLS) && direct.running() {
+            blows.extend(lab.strike(victim, rng));
+        }
+        assert!(began.elapsed() < 2 * LIMIT, "the load hangs\n{}", lab.diagnosis());
+    }
+    let written = began.elapsed();
+    let mut faults = Vec::new();
+    judge("direct writes", &direct.finish(LIMIT), &mut faults);
+    judge("buffered writes", &buffered.finish(LIMIT), &mut faults);
+    let ledger = ledger.stop();
+    faults.extend(ledger.error.clone());
+    if let Err(e) = drop_caches(&lab.target()) {
+        faults.push(format!("sync: {e}"));
+    }
+    for name in ["direct", "buffered"] {
+        judge(&format!("reading {name}"), &reading(job(name), true).run(LIMIT), &mut faults);
+    }
+    faults.extend(ledger.check(Promise::Acknowledged));
+    faults.extend(lab.faults());
+    assert!(faults.is_empty(), "{victim:?}: {faults:#?}");
+    assert!(!blows.is_empty(), "a round without a kill shows nothing");
+    println!(
+        "{victim:?}: {} kills, {written:.1?} of writing, {:.1?} of reading",
+        blows.len(),
+        began.elapsed() - written
+    );
+    tally.kills += blows.len() as u32;
+    for blow in &blows {
+        tally.restarts.push(blow.restart);
+        tally.first.extend(blow.io);
+        tally.beyond.extend(blow.io.map(|io| io.saturating_sub(blow.restart)));
+    }
+    let instants: Vec<Instant> = blows.iter().map(|b| b.at).collect();
+    tally.under_way.extend(stalls(&instants, &ledger.times));
+}
+
+fn kills_are_stalls(victim: Victim) {
+    let count = rounds(3, 50);
+    let lab = Lab::new(&["--size", "256Mi"]);
+    let mut rng = rng("kills");
+    let mut tally = Tally::default();
+    while tally.kills < count {
+        let left = count - tally.kills;
+        round(&lab, victim, left, &mut rng, &mut tally);
+    }
+    assert_eq!(device(&lab.node), lab.index, "the same device");
+    assert!(!tally.first.is_empty(), "kills without a stall were no kills");
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!(
+        "{victim:?}: {count} of {count} kills without an error or a lost write; load average {}",
+        load.trim()
+    );
+    print_stalls("kill to serving again", &mut tally.restarts);
+    print_stalls("kill to the first answer", &mut tally.first);
+    print_stalls("of that, beyond the restart", &mut tally.beyond);
+    print_stalls("kill to the answer of a write under way", &mut tally.under_way);
+    lab.end(&["direct", "buffered"]);
+}
+
+#[test]
+fn nbd_a_killed_zerofs_under_a_verifying_load_is_a_stall_and_nothing_else() {
+    kills_are_stalls(Victim::Zerofs);
+}
+
+#[test]
+fn nbd_a_killed_keeper_under_a_verifying_load_is_a_stall_and_nothing_else() {
+    kills_are_stalls(Victim::Keeper);
+}
+
+#[test]
+fn nbd_keeper_and_zerofs_killed_under_a_verifying_load_are_a_stall_and_nothing_else() {
+    kills_are_stalls(Victim::Both);
+}
