@@ -164,7 +164,7 @@ fn judge_devices(driver: &Driver) {
 fn look_at_all(driver: &Driver) -> (BTreeSet<VolumeId>, BTreeSet<VolumeId>) {
     let run_dir = &driver.config.run_dir;
     let (mut seen, mut broken, mut waiting) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-    let (mut attached, mut unwell) = (0, 0);
+    let (mut attached, mut unwell) = (BTreeSet::new(), 0);
     for volume in journal::volumes(run_dir).unwrap_or_default() {
         // Between two steps of an operation, what is found is no state to act on.
         let open = Journal::peek(run_dir, &volume)
@@ -172,7 +172,7 @@ fn look_at_all(driver: &Driver) -> (BTreeSet<VolumeId>, BTreeSet<VolumeId>) {
             .flatten()
             .is_some_and(|runs| runs.last().is_some_and(|r| r.end.is_none()));
         let Ok(Some(found)) = condition::look(run_dir, &volume) else { continue };
-        attached += 1;
+        attached.insert(volume.to_string());
         unwell += usize::from(found.condition().abnormal);
         if is_broken(&found) && !open && journal::holder(run_dir, &volume).is_none() {
             let set = if found.waits { &mut waiting } else { &mut broken };
@@ -188,6 +188,6 @@ fn look_at_all(driver: &Driver) -> (BTreeSet<VolumeId>, BTreeSet<VolumeId>) {
             seen.insert(volume.to_string(), now);
         }
     }
-    driver.metrics.looked(seen, attached, unwell);
+    driver.metrics.looked(seen, &attached, unwell);
     (broken, waiting)
 }

@@ -1,6 +1,6 @@
 //! What is counted, in OpenMetrics. Labels are from closed lists, and every series is there from the start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::time::Duration;
 
@@ -185,9 +185,10 @@ impl Metrics {
         }
     }
 
-    /// What a look at all volumes found; `volumes` is by name, `unwell` how many are not well.
-    pub fn looked(&self, volumes: BTreeMap<String, Seen>, attached: usize, unwell: usize) {
-        self.attached.set(attached as i64);
+    /// What a look at all volumes found: what the keepers of `volumes` said, the names of all that are attached, and how
+    /// many of them are not well.
+    pub fn looked(&self, volumes: BTreeMap<String, Seen>, attached: &BTreeSet<String>, unwell: usize) {
+        self.attached.set(attached.len() as i64);
         self.unwell.set(unwell as i64);
         let mut seen = self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for (name, now) in &volumes {
@@ -201,7 +202,9 @@ impl Metrics {
                 if now.stalled >= before.stalled { now.stalled - before.stalled } else { now.stalled };
             self.stalled.inc_by(stalled);
         }
-        *seen = volumes;
+        // What one told that has no keeper at the moment is not forgotten.
+        seen.retain(|name, _| attached.contains(name));
+        seen.extend(volumes);
     }
 
     /// The next keeper serves the device of one that was killed, that long after its end was noticed.
@@ -307,7 +310,7 @@ mod tests {
         let m = Metrics::new();
         let look = |restarts| {
             let seen = Seen { restarts, ..Seen::default() };
-            m.looked([("v".to_owned(), seen)].into(), 1, 0);
+            m.looked([("v".to_owned(), seen)].into(), &["v".to_owned()].into(), 0);
         };
         for restarts in [2, 3, 1] {
             look(restarts);
