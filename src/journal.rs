@@ -289,8 +289,23 @@ pub struct Standing {
     pub claim: Option<crate::step::Claim>,
     /// `Mount`, `Link` and `Bind` steps that stand, oldest first.
     pub places: Vec<Step>,
+    /// What was taken down only to be brought back, and is not back yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub awaited: Option<Awaited>,
     /// The newest facts.
     pub facts: Facts,
+}
+
+/// How a volume was attached whose device was taken down because it gave errors ([`Operation::Clear`]): until all of it is
+/// back, or somebody takes it away, whoever settles the volume brings it back.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Awaited {
+    /// The step that connected the device.
+    pub connect: crate::step::Connect,
+    /// The step that started the keeper.
+    pub start: Option<crate::step::Start>,
+    /// `Mount`, `Link` and `Bind` steps that do not stand, oldest first.
+    pub places: Vec<Step>,
 }
 
 impl Standing {
@@ -302,11 +317,18 @@ impl Standing {
             start: None,
             claim: None,
             places: Vec::new(),
+            awaited: None,
             facts: Facts::default(),
         };
         for run in runs {
+            if run.plan.operation == Operation::Clear {
+                standing.await_all(run);
+            }
             for (task, state) in run.plan.tasks.iter().zip(&run.states) {
                 standing.take(task, *state);
+            }
+            if run.plan.operation != Operation::Clear {
+                standing.await_no_more(run);
             }
             // A run that took itself back leaves what was known before it, but for the folders that it removed.
             if run.end == Some(End::Unwound) {
@@ -315,7 +337,61 @@ impl Standing {
                 standing.facts = run.facts.clone();
             }
         }
+        // What stands is not awaited, whatever is on record.
+        let Standing { awaited, places, connect, .. } = &mut standing;
+        if let Some(it) = awaited {
+            it.places.retain(|p| !places.iter().any(|q| place(p) == place(q)));
+        }
+        if awaited.as_ref().is_some_and(|a| a.places.is_empty() && connect.is_some()) {
+            *awaited = None;
+        }
         standing
+    }
+
+    /// Everywhere that the volume is, or shall be again, oldest first.
+    pub fn all_places(&self) -> impl DoubleEndedIterator<Item = &Step> {
+        self.places.iter().chain(self.awaited.iter().flat_map(|a| &a.places))
+    }
+
+    /// A run takes down what shall come back.
+    fn await_all(&mut self, run: &Run) {
+        let steps = || run.plan.tasks.iter().filter(|t| t.direction == Direction::Undo).map(|t| &t.step);
+        let connect = steps().find_map(|s| match s {
+            Step::Connect(connect) => Some(connect.clone()),
+            _ => None,
+        });
+        let before = self.awaited.take();
+        let Some(connect) = connect.or_else(|| before.as_ref().map(|b| b.connect.clone())) else { return };
+        // The plan has the newest first.
+        let mut places: Vec<Step> = steps().filter(|s| place(s).is_some()).cloned().collect();
+        places.reverse();
+        let start = self.start.clone().or_else(|| before.as_ref().and_then(|b| b.start.clone()));
+        for step in before.into_iter().flat_map(|b| b.places) {
+            if !places.iter().any(|p| place(p) == place(&step)) {
+                places.push(step);
+            }
+        }
+        self.awaited = Some(Awaited { connect, start, places });
+    }
+
+    /// What a run brought back for good, or took away because somebody asked for it, is no longer awaited.
+    fn await_no_more(&mut self, run: &Run) {
+        let Some(awaited) = &mut self.awaited else { return };
+        for (task, state) in run.plan.tasks.iter().zip(&run.states) {
+            if !matches!(state, TaskState::Settled(_)) {
+                continue;
+            }
+            if place(&task.step).is_some() {
+                awaited.places.retain(|p| place(p) != place(&task.step));
+            }
+            if task.direction == Direction::Undo && matches!(task.step, Step::Claim(_) | Step::Connect(_)) {
+                self.awaited = None;
+                return;
+            }
+        }
+        if awaited.places.is_empty() && self.connect.is_some() {
+            self.awaited = None;
+        }
     }
 
     fn take(&mut self, task: &Task, state: TaskState) {

@@ -18,8 +18,8 @@ const MIB: i64 = 1 << 20;
 
 /// How many volumes, and how often the driver is killed. `make test-long` does it all.
 fn scale() -> (usize, usize) {
-    let kills = rounds(10, 40) as usize;
-    (if kills > 10 { 30 } else { 7 }, kills)
+    let kills = rounds(10, 40);
+    if kills > 10 { (30, kills as usize) } else { (7, kills as usize) }
 }
 
 /// One volume's life until `stop`, which ends with it in its pods, if it is to be `up` then.

@@ -284,6 +284,29 @@ fn root_a_killed_keeper_is_seen_and_the_volume_is_brought_back() {
 }
 
 #[test]
+fn root_the_retry_of_a_call_that_ran_out_of_time_finds_its_work() {
+    let node = Node::new();
+    let driver = Driver::start(&node, &[]);
+    let client = driver.client();
+    client.create_plain("v", 64 * MIB, &[("deleteDataOnPVCDelete", "true")]).unwrap();
+    let paths = Paths::new(&node, "v");
+    // No ZeroFS starts in so little time.
+    let limit = Duration::from_millis(30);
+    let late = client.stage_within("v", &paths.staging, mount(RWO), limit).unwrap_err();
+    assert!(matches!(late.code(), Code::DeadlineExceeded | Code::Cancelled), "{late:?}");
+    // Its work goes on, and this waits for it.
+    client.stage("v", &paths.staging, mount(RWO)).unwrap();
+    assert!(mounted(&paths.staging));
+    let (_, text) = scrape(&driver, "/metrics");
+    let once = "zerofs_csi_node_operation_seconds_count{operation=\"NodeStageVolume\",stage=\"start\"} 1";
+    assert!(text.lines().any(|l| l == once), "the work was done twice:\n{text}");
+    client.unstage("v", &paths.staging).unwrap();
+    client.delete("v").unwrap();
+    assert!(driver.stop().success());
+    node.assert_nothing_left("after a deadline");
+}
+
+#[test]
 fn root_data_is_kept_unless_its_class_says_otherwise() {
     let node = Node::new();
     let driver = Driver::start(&node, &[]);

@@ -7,11 +7,13 @@ use super::context::Purpose;
 use super::device::DeviceArgs;
 use super::{Context, Global, StorageArgs};
 use crate::catalog::Catalog;
+use crate::csi::keepers::Keepers;
 use crate::csi::{Backend, Config, Driver, Need, Role, http, request, server, socket};
 use crate::error::{Error, Result};
 use crate::host::{self, Host, Transport};
 use crate::report::Report;
 use crate::values::VolumeId;
+use crate::watch::Settler;
 
 /// Serve CSI, for Kubernetes and other orchestrators
 #[derive(Debug, Clone, Args)]
@@ -105,11 +107,13 @@ pub fn run(args: &CsiArgs, context: &Context, global: &Global) -> Result<Report>
             .or_else(|| role.has_node().then(|| nbd_devices(made.transport)).flatten()),
         made,
         nodes,
-        run_dir: dirs.run,
+        run_dir: dirs.run.clone(),
         node_local,
     };
     let (listener, _socket) = socket::bind(&endpoint)?;
     let driver = Driver::new(config, Box::new(backend));
+    let watched = role.has_node().then(|| Settler::new(dirs.clone(), driver.config.node_id.clone()));
+    let _keepers = watched.map(|w| Keepers::watch(driver.clone(), Arc::new(w))).transpose()?;
     server::run(&driver, listener, metrics, stopped, |at| {
         let at = at.map(|at| format!(", metrics on http://{at}/metrics")).unwrap_or_default();
         tracing::info!(

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::proto::{VolumeCondition, VolumeUsage, volume_usage::Unit};
 use crate::error::{Error, Kind, Result};
-use crate::host::mounts;
+use crate::host::{device, mounts};
 use crate::journal::{Journal, Standing, place, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{State, Status};
@@ -23,16 +23,32 @@ pub struct Look {
     pub standing: Standing,
     /// What its keeper says; none when there is no keeper.
     pub status: Option<Status>,
+    /// Its NBD device stands and waits: what is asked of it is held until the next keeper serves it.
+    pub waits: bool,
+}
+
+impl Look {
+    /// How it is.
+    pub fn condition(&self) -> VolumeCondition {
+        of_keeper(self.status.as_ref(), self.waits)
+    }
 }
 
 /// Looks at a volume; none when nothing of it is on this node.
 pub fn look(run_dir: &Path, volume: &VolumeId) -> Result<Option<Look>> {
     let Some(runs) = Journal::peek(run_dir, volume)? else { return Ok(None) };
     let standing = Standing::of(&runs);
-    if standing.connect.is_none() {
+    // One that was taken down to be brought back is still here.
+    if standing.connect.is_none() && standing.awaited.is_none() {
         return Ok(None);
     }
-    Ok(Some(Look { standing, status: status(run_dir, volume)? }))
+    let status = status(run_dir, volume)?;
+    let waits = match &status {
+        // One that was just started has handed over no sockets yet.
+        Some(status) => status.nbd.as_ref().is_some_and(|n| n.failed.is_none() && n.connections == 0),
+        None => device::may_be_taken_over(&volume_folder(run_dir, volume), volume)?,
+    };
+    Ok(Some(Look { standing, status, waits }))
 }
 
 /// What the keeper says; none when it is gone.
@@ -50,13 +66,21 @@ fn abnormal(message: impl Into<String>) -> VolumeCondition {
     VolumeCondition { abnormal: true, message: message.into() }
 }
 
-/// The condition as the keeper tells it.
-pub fn of_keeper(status: Option<&Status>) -> VolumeCondition {
+/// The condition as the keeper tells it; `waits` is of its device.
+fn of_keeper(status: Option<&Status>, waits: bool) -> VolumeCondition {
     let Some(status) = status else {
-        return abnormal("its keeper is gone; it is being brought back");
+        return abnormal(if waits {
+            "its keeper is gone; I/O is held until the next one serves the device, and nothing is lost"
+        } else {
+            "its keeper is gone; it is being brought back"
+        });
     };
+    if let Some(why) = status.nbd.as_ref().and_then(|n| n.failed.as_deref()) {
+        return abnormal(format!("its device has failed and is being made anew: {why}"));
+    }
     let why = status.reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default();
     match status.state {
+        State::Ready if waits => abnormal("I/O is held until its keeper serves the device again"),
         State::Ready => VolumeCondition { abnormal: false, message: "in service".into() },
         State::Starting | State::Stalled => {
             let seconds = status.state_seconds as u64;
@@ -84,15 +108,16 @@ pub fn stats(run_dir: &Path, volume: &VolumeId, at: &TargetPath) -> Result<Stats
             .on(volume)
             .hint(format!("see where it is: zerofsctl show {volume}"))
     };
-    let Look { standing, status } = found.ok_or_else(not_here)?;
+    let look = found.ok_or_else(not_here)?;
+    let condition = look.condition();
+    let Look { standing, status, .. } = look;
     // A raw device is staged as a link in the folder that the caller knows.
     let is_there = |p: &&Step| {
         place(p).is_some_and(|t| {
             t == at || matches!(p, Step::Link(_)) && t.as_path().parent() == Some(at.as_path())
         })
     };
-    let step = standing.places.iter().find(is_there).ok_or_else(not_here)?;
-    let condition = of_keeper(status.as_ref());
+    let step = standing.all_places().find(is_there).ok_or_else(not_here)?;
     let raw = match step {
         Step::Link(_) => true,
         Step::Bind(bind) => bind.source.is_none(),
@@ -190,6 +215,8 @@ mod tests {
         let at = TargetPath::new("/x".as_ref(), "/".as_ref()).unwrap();
         let e = stats(dir.path(), &"v".parse().unwrap(), &at).err().unwrap();
         assert_eq!(e.kind(), Kind::NotFound);
-        assert!(of_keeper(None).abnormal);
+        let (gone, waits) = (of_keeper(None, false), of_keeper(None, true));
+        assert!(gone.abnormal && waits.abnormal);
+        assert!(gone.message.contains("brought back") && waits.message.contains("held"), "{waits:?}");
     }
 }

@@ -243,6 +243,37 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_for_its_turn_is_dropped_with_its_caller() {
+        runtime().block_on(async {
+            let flights = Arc::new(Flights { heavy: Arc::new(Semaphore::new(1)), ..Flights::new() });
+            let (go, wait) = mpsc::channel::<()>();
+            let first = {
+                let flights = flights.clone();
+                tokio::spawn(async move {
+                    flights.fly(Rpc::NodeStageVolume, &id("a"), vec![], move || Ok(wait.recv().is_ok())).await
+                })
+            };
+            while flights.count() == 0 {
+                tokio::task::yield_now().await;
+            }
+            let (began, begun) = mpsc::channel();
+            let work = move || {
+                began.send(()).expect("the test listens");
+                Ok(())
+            };
+            let volume = id("b");
+            let second = flights.fly(Rpc::NodeStageVolume, &volume, vec![], work);
+            assert!(tokio::time::timeout(Duration::from_millis(50), second).await.is_err());
+            assert_eq!(flights.count(), 1, "only the first one is left");
+            go.send(()).unwrap();
+            assert!(first.await.unwrap().unwrap());
+            // Its turn is free again, and the one that was dropped has not begun.
+            assert_eq!(flights.fly(Rpc::NodeStageVolume, &id("b"), vec![], || Ok(7)).await.unwrap(), 7);
+            assert_eq!(begun.try_recv(), Err(mpsc::TryRecvError::Disconnected));
+        });
+    }
+
+    #[test]
     fn a_panic_is_an_answer_and_holds_nothing() {
         runtime().block_on(async {
             let flights = Flights::new();

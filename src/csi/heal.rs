@@ -5,9 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::condition::Look;
 use super::metrics::{Seen, TOTAL};
 use super::{Driver, Need, Refusal, Rpc, condition};
 use crate::error::{Kind, Result};
+use crate::host::nbd::owners::RunDir;
+use crate::host::nbd::survey::{self, Roots, Scope};
 use crate::journal::{self, Journal};
 use crate::keeper::{self, process::Identity};
 use crate::ops::recover::{Recovered, recover};
@@ -15,6 +18,12 @@ use crate::values::VolumeId;
 
 /// How often the volumes are looked at.
 const PERIOD: Duration = Duration::from_secs(10);
+
+/// The NBD devices are judged at the start and then in each of so many rounds: it means a look at every process.
+const JUDGED: u32 = 6;
+
+/// How long all keepers together may take to answer then.
+const ANSWERS: Duration = Duration::from_millis(500);
 
 /// Settles everything that is on this node, each volume by itself. Calls on a volume meanwhile are told to wait.
 pub async fn settle_all(driver: &Arc<Driver>) {
@@ -56,7 +65,14 @@ fn is_in_order(driver: &Driver, volume: &VolumeId) -> bool {
     let run_dir = &driver.config.run_dir;
     let Ok(Some(runs)) = Journal::peek(run_dir, volume) else { return false };
     let ended = runs.last().is_some_and(|r| r.end.is_some());
-    ended && condition::look(run_dir, volume).is_ok_and(|l| l.is_some_and(|l| l.status.is_some()))
+    let look = condition::look(run_dir, volume);
+    ended && look.is_ok_and(|l| l.is_some_and(|l| l.status.is_some() && !is_broken(&l)))
+}
+
+/// Whether it needs to be brought back. A device that waits is for the watcher, who starts the next keeper at once.
+fn is_broken(look: &Look) -> bool {
+    let failed = look.status.as_ref().and_then(|s| s.nbd.as_ref()).is_some_and(|n| n.failed.is_some());
+    look.standing.awaited.is_some() || failed || look.status.is_none()
 }
 
 /// Settles one volume; whether there was something to do, none when it failed.
@@ -102,13 +118,24 @@ fn reap(driver: &Driver, volume: &VolumeId) {
 /// Looks after the volumes until it is dropped.
 pub async fn watch(driver: Arc<Driver>) {
     let mut failed: BTreeMap<VolumeId, u32> = BTreeMap::new();
-    loop {
+    let mut waited = BTreeSet::new();
+    for round in 0u32.. {
+        if round % JUDGED == 0 {
+            let looker = driver.clone();
+            let _ = tokio::task::spawn_blocking(move || judge_devices(&looker)).await;
+        }
         tokio::time::sleep(PERIOD).await;
         if driver.is_stopping() {
             return;
         }
         let looker = driver.clone();
-        let Ok(broken) = tokio::task::spawn_blocking(move || look_at_all(&looker)).await else { continue };
+        let Ok((mut broken, waiting)) = tokio::task::spawn_blocking(move || look_at_all(&looker)).await
+        else {
+            continue;
+        };
+        // The watcher had its time.
+        broken.extend(waiting.intersection(&waited).cloned());
+        waited = waiting;
         failed.retain(|volume, _| broken.contains(volume));
         for volume in broken {
             // One that cannot be brought back is tried again, ever more seldom.
@@ -124,10 +151,20 @@ pub async fn watch(driver: Arc<Driver>) {
     }
 }
 
-/// Counts what the keepers say; the volumes whose keeper is gone.
-fn look_at_all(driver: &Driver) -> BTreeSet<VolumeId> {
+/// Judges the NBD devices of this machine, whoever connected them.
+fn judge_devices(driver: &Driver) {
+    let owners = RunDir::new(&driver.config.run_dir, ANSWERS);
+    match survey::take(&Roots::default(), &owners, Scope::default()) {
+        Ok(found) => driver.metrics.nbd_devices(found.devices.iter().filter_map(|d| d.verdict)),
+        Err(e) => tracing::warn!("cannot judge the NBD devices: {e}"),
+    }
+}
+
+/// Counts what the keepers say; the volumes that need to be brought back, and those whose device waits for a keeper.
+fn look_at_all(driver: &Driver) -> (BTreeSet<VolumeId>, BTreeSet<VolumeId>) {
     let run_dir = &driver.config.run_dir;
-    let (mut seen, mut broken, mut attached, mut unwell) = (BTreeMap::new(), BTreeSet::new(), 0, 0);
+    let (mut seen, mut broken, mut waiting) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+    let (mut attached, mut unwell) = (BTreeSet::new(), 0);
     for volume in journal::volumes(run_dir).unwrap_or_default() {
         // Between two steps of an operation, what is found is no state to act on.
         let open = Journal::peek(run_dir, &volume)
@@ -135,26 +172,22 @@ fn look_at_all(driver: &Driver) -> BTreeSet<VolumeId> {
             .flatten()
             .is_some_and(|runs| runs.last().is_some_and(|r| r.end.is_none()));
         let Ok(Some(found)) = condition::look(run_dir, &volume) else { continue };
-        attached += 1;
-        match found.status {
-            Some(status) => {
-                let stats = &status.stats;
-                let now = Seen {
-                    restarts: status.restarts,
-                    reconnects: stats.stalls,
-                    stalled: stats.stall_seconds,
-                };
-                seen.insert(volume.to_string(), now);
-                unwell += usize::from(condition::of_keeper(Some(&status)).abnormal);
-            }
-            None => {
-                unwell += 1;
-                if !open && journal::holder(run_dir, &volume).is_none() {
-                    broken.insert(volume);
-                }
-            }
+        attached.insert(volume.to_string());
+        unwell += usize::from(found.condition().abnormal);
+        if is_broken(&found) && !open && journal::holder(run_dir, &volume).is_none() {
+            let set = if found.waits { &mut waiting } else { &mut broken };
+            set.insert(volume.clone());
+        }
+        if let Some(status) = found.status {
+            let now = Seen {
+                restarts: status.restarts,
+                reconnects: status.stats.stalls,
+                handed_over: status.nbd.as_ref().map_or(0, |n| n.reconnects),
+                stalled: status.stats.stall_seconds,
+            };
+            seen.insert(volume.to_string(), now);
         }
     }
-    driver.metrics.looked(seen, attached, unwell);
-    broken
+    driver.metrics.looked(seen, &attached, unwell);
+    (broken, waiting)
 }

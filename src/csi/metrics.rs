@@ -1,6 +1,6 @@
 //! What is counted, in OpenMetrics. Labels are from closed lists, and every series is there from the start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Rpc;
+use crate::host::nbd::verdict::Verdict as NbdVerdict;
 
 /// The stage that stands for a whole call.
 pub const TOTAL: &str = "total";
@@ -72,6 +73,8 @@ pub struct Seen {
     pub restarts: u64,
     /// Times that the data path was connected again.
     pub reconnects: u64,
+    /// Times that an NBD device was given new sockets; all keepers of an attach go on with this count.
+    pub handed_over: u64,
     /// Seconds for which I/O waited for ZeroFS.
     pub stalled: f64,
 }
@@ -122,6 +125,9 @@ impl Metrics {
                 drop(m.seconds.get_or_create(&labels));
                 drop(m.errors.get_or_create(&labels));
             }
+        }
+        for verdict in NbdVerdict::ALL {
+            drop(m.devices.get_or_create(&Verdict { verdict: verdict.name() }));
         }
         m.with_names()
     }
@@ -179,9 +185,10 @@ impl Metrics {
         }
     }
 
-    /// What a look at all volumes found; `volumes` is by name, `unwell` how many are not well.
-    pub fn looked(&self, volumes: BTreeMap<String, Seen>, attached: usize, unwell: usize) {
-        self.attached.set(attached as i64);
+    /// What a look at all volumes found: what the keepers of `volumes` said, the names of all that are attached, and how
+    /// many of them are not well.
+    pub fn looked(&self, volumes: BTreeMap<String, Seen>, attached: &BTreeSet<String>, unwell: usize) {
+        self.attached.set(attached.len() as i64);
         self.unwell.set(unwell as i64);
         let mut seen = self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for (name, now) in &volumes {
@@ -190,11 +197,20 @@ impl Metrics {
             let new = |now: u64, before: u64| if now >= before { now - before } else { now };
             self.restarts.inc_by(new(now.restarts, before.restarts));
             self.reconnects.inc_by(new(now.reconnects, before.reconnects));
+            self.reconnects.inc_by(new(now.handed_over, before.handed_over));
             let stalled =
                 if now.stalled >= before.stalled { now.stalled - before.stalled } else { now.stalled };
             self.stalled.inc_by(stalled);
         }
-        *seen = volumes;
+        // What one told that has no keeper at the moment is not forgotten.
+        seen.retain(|name, _| attached.contains(name));
+        seen.extend(volumes);
+    }
+
+    /// The next keeper serves the device of one that was killed, that long after its end was noticed.
+    pub fn took_over(&self, paused: Duration) {
+        self.recovered.inc();
+        self.stalled.inc_by(paused.as_secs_f64());
     }
 
     /// A volume was brought back.
@@ -202,10 +218,11 @@ impl Metrics {
         self.recovered.inc();
     }
 
-    /// How many NBD devices have which verdict. The verdicts are a closed list of whoever judges.
-    pub fn nbd_devices(&self, verdicts: &[(&'static str, usize)]) {
-        for (verdict, count) in verdicts {
-            self.devices.get_or_create(&Verdict { verdict }).set(*count as i64);
+    /// What the NBD devices of this node were found to be.
+    pub fn nbd_devices(&self, found: impl Iterator<Item = NbdVerdict> + Clone) {
+        for verdict in NbdVerdict::ALL {
+            let count = found.clone().filter(|v| *v == verdict).count();
+            self.devices.get_or_create(&Verdict { verdict: verdict.name() }).set(count as i64);
         }
     }
 
@@ -241,6 +258,7 @@ mod tests {
             "zerofs_csi_in_flight_operations 2",
             "zerofs_csi_attached_volumes 0",
             "zerofs_csi_zerofs_restarts_total 0",
+            "zerofs_csi_nbd_devices{verdict=\"ours-leaked\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
@@ -271,11 +289,28 @@ mod tests {
     }
 
     #[test]
+    fn devices_are_counted_by_verdict_and_pauses_of_take_overs_are_stalls() {
+        let m = Metrics::new();
+        m.nbd_devices([NbdVerdict::Foreign, NbdVerdict::OursInUse, NbdVerdict::Foreign].into_iter());
+        m.nbd_devices([NbdVerdict::Foreign].into_iter());
+        m.took_over(Duration::from_millis(250));
+        let text = m.text(0);
+        for line in [
+            "zerofs_csi_nbd_devices{verdict=\"foreign\"} 1",
+            "zerofs_csi_nbd_devices{verdict=\"ours-in-use\"} 0",
+            "zerofs_csi_io_stall_seconds_total 0.25",
+            "zerofs_csi_recovered_volumes_total 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
     fn a_new_keeper_counts_from_zero() {
         let m = Metrics::new();
         let look = |restarts| {
             let seen = Seen { restarts, ..Seen::default() };
-            m.looked([("v".to_owned(), seen)].into(), 1, 0);
+            m.looked([("v".to_owned(), seen)].into(), &["v".to_owned()].into(), 0);
         };
         for restarts in [2, 3, 1] {
             look(restarts);

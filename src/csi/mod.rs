@@ -26,6 +26,7 @@ pub mod flight;
 pub mod heal;
 pub mod http;
 pub mod identity;
+pub mod keepers;
 pub mod metrics;
 pub mod node;
 pub mod observe;

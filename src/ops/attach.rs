@@ -148,6 +148,11 @@ pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<
         // A resumed run takes care of itself; the probes of its steps find a dead device.
         clear_wreck_of_resumed(engine, &mut journal, &spec.volume)?;
         if journal.open_run().is_none() {
+            // It comes back with all that it had: this target may be one of several.
+            if journal.standing().awaited.is_some() {
+                engine.observer.note("it was attached here before its device died: that comes back first");
+                super::recover::bring_back(engine, &mut journal, &spec.volume)?;
+            }
             check_target(engine.host, spec)?;
             if journal.standing().connect.is_none() {
                 engine.host.prepare_transport(spec.transport).map_err(|e| e.on(&spec.volume))?;

@@ -18,27 +18,27 @@ pub fn plan(volume: &VolumeId, standing: &Standing, scope: &Scope, stop: StopOpt
     let all = match scope {
         Scope::Volume => true,
         Scope::Target(target) => {
-            if !standing.places.iter().any(|p| place(p) == Some(target)) {
+            if !standing.all_places().any(|p| place(p) == Some(target)) {
                 return Err(Error::new(Kind::NotFound, format!("it is not attached at {target}"))
                     .on(volume)
                     .hint(format!("see where it is: zerofsctl show {volume}")));
             }
             let shows = |p: &Step| matches!(p, Step::Bind(bind) if bind.source.as_ref() == Some(target));
-            if let Some(bind) = standing.places.iter().find(|p| shows(p)).and_then(place) {
+            if let Some(bind) = standing.all_places().find(|p| shows(p)).and_then(place) {
                 return Err(Error::new(Kind::Busy, format!("it is published from {target} at {bind}"))
                     .on(volume)
                     .hint(format!("take it away there first: zerofsctl detach {bind}; or everything: zerofsctl detach {volume}")));
             }
-            standing.places.len() == 1
+            standing.all_places().count() == 1
         }
     };
-    for step in standing.places.iter().rev() {
+    for step in standing.all_places().rev() {
         if all || matches!(scope, Scope::Target(t) if place(step) == Some(t)) {
             tasks.push(Task::undo(step.clone()));
         }
     }
     if all {
-        if let Some(connect) = &standing.connect {
+        if let Some(connect) = standing.connect.as_ref().or(standing.awaited.as_ref().map(|a| &a.connect)) {
             tasks.push(Task::undo(connect.clone().into()));
         }
         let options = standing.start.as_ref().map(|s| s.options.clone()).unwrap_or_default();

@@ -74,8 +74,10 @@ pub fn publish(engine: &Engine<'_>, run_dir: &Path, spec: &PublishSpec) -> Resul
         revive(engine, volume)?;
         let plan = spec.plan();
         engine.settle(&mut journal, Some(&plan))?;
-        if journal.standing().connect.is_some()
-            && matches!(engine.host.keeper(volume).map_err(|e| e.on(volume))?, KeeperView::Dead { .. })
+        let standing = journal.standing();
+        if standing.awaited.is_some()
+            || standing.connect.is_some()
+                && matches!(engine.host.keeper(volume).map_err(|e| e.on(volume))?, KeeperView::Dead { .. })
         {
             // A place on a dead device is of no use: it is brought back first.
             super::recover::settle_all(engine, &mut journal, volume)?;
@@ -109,9 +111,10 @@ pub fn unpublish(
         }
         engine.settle(&mut journal, None)?;
         let standing = journal.standing();
-        let bind = standing.places.iter().find(|p| matches!(p, Step::Bind(b) if b.target == *target));
+        // One that is awaited would come back otherwise.
+        let bind = standing.all_places().find(|p| matches!(p, Step::Bind(b) if b.target == *target));
         let Some(bind) = bind.cloned() else {
-            if let Some(other) = standing.places.iter().find(|p| place(p) == Some(target)) {
+            if let Some(other) = standing.all_places().find(|p| place(p) == Some(target)) {
                 return Err(Error::refused(format!(
                     "at {target} it is staged, not published ({})",
                     other.name()

@@ -37,16 +37,10 @@ pub(super) fn settle_all(engine: &Engine<'_>, journal: &mut Journal, volume: &Vo
         (Settlement::Unwind, Some(name)) => what.push(format!("undid a {name} that was cut short")),
         _ => {}
     }
-    let before = journal.standing();
-    let cleared = clear_wreck(engine, journal, volume)? || clear_harmed(engine, journal, volume)?;
-    if cleared {
+    if clear_wreck(engine, journal, volume)? || clear_harmed(engine, journal, volume)? {
         what.push("took down a device that had given errors".into());
     }
-    let again = cleared || matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. });
-    if let (true, Some(claim), Some(connect)) = (again, before.claim.clone(), before.connect.clone()) {
-        let plan = again_plan(volume, &before, claim, connect);
-        let facts = journal.standing().facts.carried();
-        engine.run(journal, plan, facts)?;
+    if bring_back(engine, journal, volume)? {
         what.push("attached it again".into());
     }
     if let (Some(size), true) = (resize, journal.standing().connect.is_some()) {
@@ -56,6 +50,21 @@ pub(super) fn settle_all(engine: &Engine<'_>, journal: &mut Journal, volume: &Vo
         what.push("finished a resize that was cut short".into());
     }
     Ok(Recovered { what, attached: journal.standing().connect.is_some() })
+}
+
+/// Attaches again, at all its places, what was taken down in order to be brought back, or lost its keeper. True when there
+/// was such a thing. No run is open.
+pub(super) fn bring_back(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) -> Result<bool> {
+    let standing = journal.standing();
+    let Some(claim) = standing.claim.clone() else { return Ok(false) };
+    let wanted = standing.awaited.as_ref().map(|a| a.connect.clone());
+    let Some(connect) = standing.connect.clone().or_else(|| wanted.clone()) else { return Ok(false) };
+    if wanted.is_none() && !matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. }) {
+        return Ok(false);
+    }
+    let plan = again_plan(volume, &standing, claim, connect);
+    engine.run(journal, plan, standing.facts.carried())?;
+    Ok(true)
 }
 
 /// The size that an open resize was after.
@@ -71,9 +80,10 @@ fn resize_to(run: &crate::journal::Run) -> Option<ByteSize> {
 
 /// The attach that the journal remembers, with all its places.
 fn again_plan(volume: &VolumeId, standing: &Standing, claim: step::Claim, connect: step::Connect) -> Plan {
-    let start = standing
-        .start
-        .clone()
+    let awaited = standing.awaited.as_ref();
+    let start = awaited
+        .and_then(|a| a.start.clone())
+        .or_else(|| standing.start.clone())
         .unwrap_or(step::Start { options: Default::default(), stop: Default::default() });
     let read_only = connect.read_only;
     // Size and filesystem are recorded by now.
@@ -86,12 +96,12 @@ fn again_plan(volume: &VolumeId, standing: &Standing, claim: step::Claim, connec
         step::Replay {}.into(),
         connect.into(),
     ];
-    if standing.places.iter().any(|p| matches!(p, Step::Mount(_))) {
+    if standing.all_places().any(|p| matches!(p, Step::Mount(_))) {
         steps.push(step::ProbeSignature {}.into());
         steps.push(step::Format { read_only }.into());
         steps.push(step::Preen { read_only }.into());
     }
-    steps.extend(standing.places.iter().cloned());
+    steps.extend(standing.all_places().cloned());
     Plan {
         operation: Operation::Attach,
         volume: volume.clone(),

@@ -83,6 +83,10 @@ pub fn resize(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec, size: Byte
         {
             return engine.run(&mut journal, detached, Facts::default());
         }
+        // A healing that was cut short took itself back, and is no reason to think that nobody wants the volume here.
+        if journal.open_run().is_none() {
+            super::recover::bring_back(engine, &mut journal, volume)?;
+        }
         let standing = journal.standing();
         if standing.connect.is_none() {
             return engine.run(&mut journal, detached, Facts::default());

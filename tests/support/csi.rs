@@ -316,6 +316,25 @@ impl Client {
         ask!(self, NodeClient, node_stage_volume, request).map(drop)
     }
 
+    /// NodeStageVolume with a deadline, as a kubelet sets one.
+    pub fn stage_within(
+        &self,
+        volume: &str,
+        at: &Path,
+        capability: VolumeCapability,
+        limit: Duration,
+    ) -> Result<(), Status> {
+        let mut request = tonic::Request::new(NodeStageVolumeRequest {
+            volume_id: volume.into(),
+            staging_target_path: text(at),
+            volume_capability: Some(capability),
+            ..Default::default()
+        });
+        request.set_timeout(limit);
+        let call = async { NodeClient::new(self.channel.clone()).node_stage_volume(request).await };
+        self.block_on(call).map(drop)
+    }
+
     /// Node: NodeUnstageVolume.
     pub fn unstage(&self, volume: &str, at: &Path) -> Result<(), Status> {
         let request = NodeUnstageVolumeRequest { volume_id: volume.into(), staging_target_path: text(at) };

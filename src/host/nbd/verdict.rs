@@ -25,6 +25,10 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// Each of them.
+    pub const ALL: [Verdict; 5] =
+        [Verdict::OursInUse, Verdict::OursIdle, Verdict::OursLeaked, Verdict::Foreign, Verdict::Unknown];
+
     /// The word, as in the JSON.
     pub const fn name(self) -> &'static str {
         match self {
