@@ -296,11 +296,16 @@ fn round(lab: &Lab, victim: Victim, at_most: u32, rng: &mut StdRng, tally: &mut 
         began.elapsed() - written
     );
     tally.kills += blows.len() as u32;
-    for blow in &blows {
+    for (n, blow) in blows.iter().enumerate() {
         tally.restarts.push(blow.restart);
         tally.first.extend(blow.io);
         tally.beyond.extend(blow.io.map(|io| io.saturating_sub(blow.restart)));
+        // A write that the next kill met as well says nothing about this one.
+        let next = blows.get(n + 1).map(|b| b.at);
         for stall in stalls(&[blow.at], &ledger.times) {
+            if next.is_some_and(|next| blow.at + stall > next) {
+                continue;
+            }
             tally.under_way.push(stall);
             tally.sent_again.push(stall.saturating_sub(blow.restart));
         }

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use super::nbd::{self, sysfs};
 use super::{ConnectRequest, Device, DeviceView, IoPath, Life, Transport, loopdev, mounts};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Doing, Error, Kind, Result};
 use crate::host::linux::Dirs;
 use crate::keeper;
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, ConnectOptions, NbdPath, Status};
 use crate::keeper::device::{RECORD, Record};
+use crate::keeper::process::Identity;
 use crate::values::VolumeId;
 
 /// For how long the kernel may take to let go of an NBD device.
@@ -72,6 +73,23 @@ pub(super) fn view(
     let served = status()?.is_some_and(|s| s.fuse_mounted);
     let life = if served || !fuse { Life::Served } else { Life::Dead };
     Ok(DeviceView { fuse, device, transport: Some(Transport::Fuse), life, ..DeviceView::default() })
+}
+
+/// Disconnects a device of the direct path whose keeper and server are gone, so that its users get errors and do not wait.
+/// It is free once they have let go.
+pub(super) fn let_fail(run: &Path, volume: &VolumeId) -> Result<()> {
+    let Some(record) = Record::read(run)?.filter(|r| r.path == NbdPath::Direct) else { return Ok(()) };
+    // A keeper does it itself.
+    if Identity::read(&run.join(keeper::PID_FILE)).is_some_and(|i| i.is_alive()) {
+        return Ok(());
+    }
+    let Some(index) = of_record(&record, volume)?.and_then(|d| sysfs::index_of(&d.path)) else {
+        return Ok(());
+    };
+    match nbd::disconnect_and_wait(index, Duration::from_secs(2)) {
+        Err(e) if e.kind() != Kind::Busy => Err(e),
+        _ => Ok(()),
+    }
 }
 
 /// Takes the NBD device of a run folder away, and proves that it is gone. The caller has proved that nobody uses it, or

@@ -686,6 +686,13 @@ impl Host for FakeHost {
         })
     }
 
+    fn let_fail(&self, _: &VolumeId) -> Result<()> {
+        self.change(|w| {
+            assert_eq!(w.life(), Life::Dead, "a live device is let fail");
+            Ok(())
+        })
+    }
+
     fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
         self.change(|w| {
             assert!(dead || w.users.is_empty(), "a device in use is disconnected");

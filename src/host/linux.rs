@@ -1184,6 +1184,10 @@ impl Host for LinuxHost {
         }
     }
 
+    fn let_fail(&self, volume: &VolumeId) -> Result<()> {
+        device::let_fail(&self.dirs.volume_run(volume), volume)
+    }
+
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let run = self.dirs.volume_run(volume);
         if Record::read(&run)?.is_some() {

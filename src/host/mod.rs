@@ -424,6 +424,9 @@ pub trait Host: Observe {
     /// Starts the next keeper for a device that waits ([`Life::Waiting`]), on the run folder of the one that is gone: it
     /// takes over log and device, and what is mounted stays mounted. Without the claim it is an error.
     fn take_over(&self, volume: &VolumeId) -> Result<()>;
+    /// Lets a dead NBD device ([`Life::Dead`]) whose keeper is gone fail at once: the kernel would hold its I/O for as long as
+    /// it may, for a server that must not come back.
+    fn let_fail(&self, volume: &VolumeId) -> Result<()>;
     /// Takes the device away again, and proves that it is gone. The caller has proven that nothing uses it, or that it
     /// is `dead`.
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()>;

@@ -26,7 +26,10 @@ pub fn take_over(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Resu
         }
         match engine.host.device(volume).map_err(|e| e.on(volume))?.life {
             Life::Served => Ok(TakeOver::NotNeeded),
-            Life::Dead => Ok(TakeOver::Wreck),
+            Life::Dead => {
+                engine.host.let_fail(volume).map_err(|e| e.on(volume))?;
+                Ok(TakeOver::Wreck)
+            }
             Life::Waiting => revive(engine, volume).map(|_| TakeOver::Done),
         }
     })();
