@@ -455,7 +455,17 @@ fn lock_holder(path: &Path) -> Option<i32> {
         meta.ino()
     );
     // 3: FLOCK  ADVISORY  WRITE 4711 08:01:131090 0 EOF
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    // In reads as large as the kernel answers at once: between two, a lock that is given back elsewhere moves the others,
+    // and the one that is looked for may be left out.
+    let mut locks = vec![0; 1 << 16];
+    let (mut table, mut filled) = (File::open("/proc/locks").ok()?, 0);
+    loop {
+        match std::io::Read::read(&mut table, locks.get_mut(filled..)?).ok()? {
+            0 => break,
+            n => filled += n,
+        }
+    }
+    let locks = String::from_utf8_lossy(&locks[..filled]);
     locks.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip(1);
         let (kind, pid) = (words.next()?, words.nth(2)?);

@@ -225,3 +225,31 @@ fn nbd_watch_tells_changes_and_ends_at_a_signal() {
         reader.join().unwrap();
     });
 }
+
+#[test]
+fn nbd_list_tells_64_devices_at_once() {
+    const DEVICES: usize = 64;
+    with_nbd(|dir| {
+        let mut servers = [Nbdkit::memory(dir, "ours", 16 * MIB), Nbdkit::memory(dir, "foreign", 16 * MIB)];
+        let devices: Vec<Device> = (0..DEVICES)
+            .map(|n| connect(&servers[n % 2], &format!("{}:vol{n}", ["zerofs", "other"][n % 2])))
+            .collect();
+        servers[0].server().kill();
+        let (mut times, mut answer) = (Vec::new(), Value::Null);
+        for _ in 0..10 {
+            let begun = std::time::Instant::now();
+            answer = ask(dir, &["list"]).0;
+            times.push(begun.elapsed());
+        }
+        let count = |verdict: &str| {
+            let all = answer["data"]["devices"].as_array().unwrap();
+            all.iter().filter(|d| d["verdict"] == verdict).count()
+        };
+        assert_eq!((count("ours-leaked"), count("foreign")), (DEVICES / 2, DEVICES / 2), "{answer}");
+        times.sort_unstable();
+        println!("with {DEVICES} devices: median {:.1?}, least {:.1?}", times[times.len() / 2], times[0]);
+        let loaded = fs::read_to_string("/proc/loadavg").unwrap();
+        println!("load average {loaded}");
+        devices.into_iter().for_each(Device::disconnect);
+    });
+}
