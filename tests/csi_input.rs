@@ -28,7 +28,7 @@ fn secrets() -> BTreeMap<String, String> {
 
 /// For each call, one that the driver of [`Bench::new`] carries out.
 fn good() -> Vec<Ask> {
-    let (id, capability) = || -> (String, Option<VolumeCapability>) { ("vol".into(), Some(mount(RWO))) }();
+    let (id, capability) = ("vol".to_owned(), Some(mount(RWO)));
     vec![
         Ask::CreateVolume(CreateVolumeRequest {
             name: "new".into(),
