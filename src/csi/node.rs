@@ -68,7 +68,7 @@ impl Driver {
         let record = self.record_to_stage(volume, &capability)?;
         let target = staged_at(&folder, capability.block)?;
         let elsewhere = standing(self, volume)?;
-        if let Some(at) = elsewhere.places.iter().filter(|p| !matches!(p, Step::Bind(_))).find_map(place)
+        if let Some(at) = elsewhere.all_places().filter(|p| !matches!(p, Step::Bind(_))).find_map(place)
             && *at != target
         {
             return Err(Error::refused(format!("it is attached at {at} on this node already"))
@@ -168,8 +168,7 @@ impl Driver {
         }
         let standing = standing(self, volume)?;
         let bound: Vec<String> = standing
-            .places
-            .iter()
+            .all_places()
             .filter(|p| matches!(p, Step::Bind(_)))
             .filter_map(place)
             .map(ToString::to_string)
@@ -181,11 +180,11 @@ impl Driver {
                 .into());
         }
         let link = staged_at(&folder, true)?;
-        let here = standing.places.iter().filter_map(place).find(|p| **p == folder || **p == link);
+        let here = standing.all_places().filter_map(place).find(|p| **p == folder || **p == link);
         let scope = match here {
             Some(at) => Scope::Target(at.clone()),
             // Somebody attached it elsewhere by hand: that stays.
-            None if !standing.places.is_empty() => return done,
+            None if standing.all_places().next().is_some() => return done,
             // An attach that was cut short: all of it goes.
             None => Scope::Volume,
         };
