@@ -8,7 +8,7 @@ export ZEROFSCTL_TOOLS ?= $(HOME)/.cache/zerofsctl/tools
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench install clean
+.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench bench-nbd install clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,16 @@ generated: ## Are man/ and completions/ what the program would write?
 bench: ## attach, memory and throughput beside their floors, in one run (ARGS="attach --rounds 3"): needs root
 	@scripts/setup test
 	$(CARGO) bench --locked --bench side_by_side -- $(ARGS)
+
+# The bench runs where the module is, on a release build made here.
+bench-nbd: ## The NBD transport beside nbd-client, in a machine that has it (ARGS="--rounds 3"): needs root
+	@scripts/setup test vm
+	@$(CARGO) bench --locked --bench side_by_side --no-run
+	@echo "Load average of this machine: $$(cut -d' ' -f1-3 /proc/loadavg) before,"
+	@scripts/vm uml --name bench-nbd --memory 6G --timeout 3600 -- \
+	"$$($(CARGO) bench --locked --quiet --bench side_by_side --no-run --message-format json | \
+	sed -n 's/.*"name":"side_by_side".*"executable":"\([^"]*\)".*/\1/p')" nbd $(ARGS)
+	@echo "$$(cut -d' ' -f1-3 /proc/loadavg) after."
 
 install: ## The program, its man pages and completions below PREFIX (/usr/local)
 	$(CARGO) build --locked --release --bin zerofsctl

@@ -1,17 +1,19 @@
 //! `make bench`: zerofsctl beside what it is measured against, in one run on one machine.
 //!
 //! ```text
-//! cargo bench --bench side_by_side [-- PART... [--rounds N] [--seconds N] [--parallel N]]
+//! cargo bench --bench side_by_side [-- PART... [--rounds N] [--seconds N] [--parallel N] [--depth N]]
 //! ```
 //!
 //! The parts: `attach` (one volume, fresh and existing, beside the same by hand), `parallel` (many at once),
-//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device).
+//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), and only when
+//! asked for, since it needs the kernel's nbd module, `nbd` (`make bench-nbd`: the NBD transport beside nbd-client).
 //! Whatever is compared runs in turns, so that a machine that becomes slower slows both. The result is
 //! Markdown on stdout; the story is on stderr. It needs root.
 
 mod attach;
 mod command;
 mod floor;
+mod nbd;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod transport;
@@ -26,13 +28,15 @@ pub struct Scale {
     pub seconds: u64,
     /// Volumes attached at once.
     pub parallel: usize,
+    /// Requests in flight of the 1 MiB jobs of `nbd`.
+    pub depth: usize,
 }
 
-const PARTS: [&str; 4] = ["attach", "parallel", "memory", "transport"];
+const PARTS: [&str; 5] = ["attach", "parallel", "memory", "transport", "nbd"];
 
 fn main() {
     let mut parts = Vec::new();
-    let mut scale = Scale { rounds: 7, seconds: 10, parallel: 20 };
+    let mut scale = Scale { rounds: 7, seconds: 10, parallel: 20, depth: 8 };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut number = || args.next().and_then(|n| n.parse().ok()).unwrap_or_else(|| usage(&arg));
@@ -42,6 +46,7 @@ fn main() {
             "--rounds" => scale.rounds = number() as usize,
             "--seconds" => scale.seconds = number(),
             "--parallel" => scale.parallel = number() as usize,
+            "--depth" => scale.depth = number() as usize,
             part if PARTS.contains(&part) => parts.push(part.to_owned()),
             other => usage(other),
         }
@@ -61,10 +66,16 @@ fn main() {
     if wanted("transport") {
         transport::compare(&scale);
     }
+    if parts.iter().any(|part| part == "nbd") {
+        nbd::compare(&scale);
+    }
 }
 
 fn usage(at: &str) -> ! {
-    eprintln!("'{at}'? usage: [{}]... [--rounds N] [--seconds N] [--parallel N]", PARTS.join("|"));
+    eprintln!(
+        "'{at}'? usage: [{}]... [--rounds N] [--seconds N] [--parallel N] [--depth N]",
+        PARTS.join("|")
+    );
     std::process::exit(2);
 }
 

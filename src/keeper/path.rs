@@ -459,8 +459,17 @@ impl DataPath {
         shared.act(out);
     }
 
-    /// Makes everything durable that was answered before. Waits for as long as the server is away.
+    /// The server may have got writes by another way: the next flush goes to it, also when the log knows of nothing.
+    pub fn distrust(&self) {
+        if let Some(guard) = self.shared.state().guard.as_mut() {
+            guard.distrust();
+        }
+    }
+
+    /// Makes everything durable that was answered before, also what was written on the direct path. Waits for as long
+    /// as the server is away.
     pub fn flush(&self) -> Result<()> {
+        self.distrust();
         let (tell, told) = mpsc::sync_channel(1);
         self.submit(
             Op::Flush,
@@ -731,7 +740,7 @@ impl Shared {
         out: &mut Vec<Action<Completion>>,
     ) {
         let (len, limit) = match op {
-            Op::Flush => (0, 1),
+            Op::Flush | Op::Landed { .. } => (0, 1),
             Op::Read { len, .. } => (u64::from(len), ByteSize::MIB),
             Op::Write { data, .. } => (data.len() as u64, self.max_write()),
             Op::Trim { len, .. } | Op::Zero { len, .. } => (len, MAX_RANGE),
@@ -745,7 +754,7 @@ impl Shared {
         while at < len {
             let n = limit.min(len - at);
             let piece = match op {
-                Op::Flush => op,
+                Op::Flush | Op::Landed { .. } => op,
                 Op::Read { offset, .. } => Op::Read { offset: offset.saturating_add(at), len: n as u32 },
                 Op::Write { offset, data, fua } => Op::Write {
                     offset: offset.saturating_add(at),
@@ -1069,6 +1078,7 @@ impl Receiver {
         if let Heard::End(why) = self.fronts[i].event(shared, event.events()) {
             let reader = self.fronts.swap_remove(i);
             shared.front_ended(&reader.front, &why);
+            reader.end(shared);
         }
     }
 
@@ -1087,7 +1097,9 @@ impl Receiver {
         };
         shared.act(out);
         send_gathered();
-        self.fronts.retain(|f| !f.front.is_closed());
+        for reader in self.fronts.extract_if(.., |f| f.front.is_closed()) {
+            reader.end(shared);
+        }
         if idle {
             self.fronts.iter_mut().for_each(FrontReader::shrink);
         }
