@@ -5,8 +5,8 @@
 //! ```
 //!
 //! The parts: `attach` (one volume, fresh and existing, beside the same by hand), `parallel` (many at once),
-//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), and only when
-//! asked for, since it needs the kernel's nbd module, `nbd` (`make bench-nbd`: the NBD transport beside nbd-client).
+//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), `wire` (the
+//! guarded path of the NBD transport without a device), and only when asked for, since it needs the kernel's nbd module, `nbd` (`make bench-nbd`: the NBD transport beside nbd-client).
 //! Whatever is compared runs in turns, so that a machine that becomes slower slows both. The result is
 //! Markdown on stdout; the story is on stderr. It needs root.
 
@@ -32,7 +32,7 @@ pub struct Scale {
     pub depth: usize,
 }
 
-const PARTS: [&str; 5] = ["attach", "parallel", "memory", "transport", "nbd"];
+const PARTS: [&str; 6] = ["attach", "parallel", "memory", "transport", "wire", "nbd"];
 
 fn main() {
     let mut parts = Vec::new();
@@ -65,6 +65,9 @@ fn main() {
     }
     if wanted("transport") {
         transport::compare(&scale);
+    }
+    if wanted("wire") {
+        nbd::wire(&scale);
     }
     if parts.iter().any(|part| part == "nbd") {
         nbd::compare(&scale);

@@ -3,17 +3,19 @@
 //! flags and the queue settings of a keeper; what this process uses of the processor is its price.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
 use zerofsctl::host::nbd::{self, netlink, sysfs};
 use zerofsctl::keeper::control::NbdPath;
 use zerofsctl::keeper::device::{GUARDED_SOCKETS, direct_socket, queue, server_flags, sockets_of};
 use zerofsctl::keeper::path::DataPath;
-use zerofsctl::zerofs::nbd::TransmissionFlags;
+use zerofsctl::zerofs::nbd::{Command, RequestHeader, SimpleReply, TransmissionFlags};
 
 use crate::floor::{Floor, run};
 use crate::support::dir::TestDir;
@@ -86,7 +88,7 @@ fn on_one(scale: &Scale, server: &str, dir: &Path) {
         }
     }
     println!(
-        "### {server}: fio, direct, 4k with 32 in flight, 1m with {}, {} s, {SPAN}; median of {} turns each\n",
+        "### {server}: fio, direct, 4k with 32 in flight, 1m with {}, {} s, {SPAN}; medians of {} turns each\n",
         scale.depth, scale.seconds, scale.rounds
     );
     head(&["job", "nbd-client -connections 4", "guarded", "ratio", "direct", "ratio", "fuse", "ratio"]);
@@ -94,7 +96,12 @@ fn on_one(scale: &Scale, server: &str, dir: &Path) {
         let of = |way: usize| median(&figures[way].iops[i]);
         let show =
             |iops: f64| if *size == "4k" { format!("{iops:.0} IOPS") } else { format!("{iops:.0} MiB/s") };
-        let ratio = |way: usize| of(way) / of(0);
+        // Turn by turn, so that a moment in which the machine is slow for one of the two counts once.
+        let ratio = |way: usize| {
+            let turns: Vec<_> =
+                figures[way].iops[i].iter().zip(&figures[0].iops[i]).map(|(a, b)| a / b).collect();
+            median(&turns)
+        };
         row([
             format!("{pattern} {size}"),
             show(of(0)),
@@ -244,4 +251,73 @@ fn by_nbd_client(dir: &Path) -> u32 {
     let connected = || sysfs::one(index).ok().flatten().is_some_and(|d| d.size.0 != 0);
     wait_until("nbd-client's device has its size", LIMIT, connected);
     index
+}
+
+/// The guarded path alone, without a device: this process plays the kernel on one socket, nbdkit is the server. It needs
+/// no module, and what is measured, the keeper's processor time, hardly depends on what else the machine does.
+pub fn wire(scale: &Scale) {
+    let dir = TestDir::new();
+    let server = Memory::serve(dir.path());
+    let data = data_path(dir.path());
+    let mut kernel = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made").remove(0);
+    println!(
+        "### The guarded path without a device: a socket and nbdkit memory; median of {} turns each\n",
+        scale.rounds
+    );
+    head(&["job", "the keeper's processor time per request, µs", "requests per second"]);
+    for (name, command, len, depth, count) in [
+        ("write 4k", Command::Write, 4 << 10, 32, 30_000),
+        ("read 4k", Command::Read, 4 << 10, 32, 30_000),
+        ("write 1m", Command::Write, 1 << 20, scale.depth, 1_000),
+        ("read 1m", Command::Read, 1 << 20, scale.depth, 1_000),
+    ] {
+        let (mut cpu, mut rate) = (Vec::new(), Vec::new());
+        for _ in 0..scale.rounds {
+            let began = Instant::now();
+            let before = (used(UsageWho::RUSAGE_SELF), used(UsageWho::RUSAGE_THREAD));
+            play(&mut kernel, command, len, depth, count);
+            let all = used(UsageWho::RUSAGE_SELF) - before.0;
+            let own = used(UsageWho::RUSAGE_THREAD) - before.1;
+            cpu.push((all - own) / count as f64);
+            rate.push(count as f64 / began.elapsed().as_secs_f64());
+        }
+        row([name.to_owned(), format!("{:.1}", median(&cpu)), format!("{:.0}", median(&rate))]);
+    }
+    println!();
+    data.close_nbd();
+    data.flush().expect("nbdkit answers");
+    data.server_down();
+    drop(server);
+}
+
+/// So many requests, with up to `depth` in flight.
+fn play(kernel: &mut UnixStream, command: Command, len: u32, depth: usize, count: usize) {
+    let payload = vec![0x5a; len as usize];
+    let mut reply = vec![0; SimpleReply::LEN + len as usize];
+    if command == Command::Write {
+        reply.truncate(SimpleReply::LEN);
+    }
+    let (mut sent, mut answered) = (0, 0);
+    while answered < count {
+        while sent < count && sent - answered < depth {
+            let offset = (sent as u64 * u64::from(len)) % (256 << 20);
+            let header = RequestHeader { flags: 0, command, cookie: sent as u64, offset, len }.encode();
+            kernel.write_all(&header).expect("the keeper takes a request");
+            if command == Command::Write {
+                kernel.write_all(&payload).expect("the keeper takes a request");
+            }
+            sent += 1;
+        }
+        kernel.read_exact(&mut reply).expect("the keeper answers");
+        let header = reply.first_chunk().expect("a reply has a header");
+        assert_eq!(SimpleReply::decode(header).map(|r| r.error).ok(), Some(0));
+        answered += 1;
+    }
+}
+
+/// Microseconds of the processor.
+fn used(who: UsageWho) -> f64 {
+    let usage = getrusage(who).expect("a process can be asked");
+    let micros = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 * 1e6 + t.tv_usec() as f64;
+    micros(usage.user_time()) + micros(usage.system_time())
 }

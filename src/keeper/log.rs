@@ -1164,6 +1164,136 @@ mod tests {
         }
     }
 
+    fn land(log: &mut ReplayLog, bytes: &[u8]) {
+        for piece in bytes.chunks(bytes.len().div_ceil(3).max(1)) {
+            log.landing_room()[..piece.len()].copy_from_slice(piece);
+            log.landed(piece.len());
+        }
+    }
+
+    #[test]
+    fn a_payload_received_in_place_is_no_entry_at_any_byte_until_it_is_appended() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path(), &who());
+        log.append(Kind::Write, 1, 100, &[1; 100]).unwrap();
+        let found = |bytes: &[u8]| {
+            let copy = tempfile::tempdir().unwrap();
+            std::fs::write(copy.path().join(FILE_NAME), bytes).unwrap();
+            contents(&open(copy.path(), &who()))
+        };
+        let path = log.path().to_owned();
+        let read = || std::fs::read(&path).unwrap();
+        let mut before = read();
+        assert!(log.land(2, 100));
+        assert!(!log.land(3, 100), "two in one place");
+        for i in 0..100 {
+            log.landing_room()[0] = i as u8;
+            log.landed(1);
+            assert_eq!(found(&read()).len(), 1, "{i} bytes are an entry");
+        }
+        assert_eq!(log.landing_left(), Some(0));
+        let received = read();
+        log.append_landed().unwrap();
+        let after = read();
+        assert_eq!(found(&after)[1], (Kind::Write, 2, 100, (0..100).collect()));
+        let (start, end) = (DATA as usize + 192, DATA as usize + 192 + 192);
+        assert_eq!(received[start..start + UNIT as usize], before[start..start + UNIT as usize]);
+        for cut in start..end {
+            for forwards in [true, false] {
+                let mut torn = received.clone();
+                let range = if forwards { start..cut } else { cut..end };
+                torn[range.clone()].copy_from_slice(&after[range]);
+                assert_eq!(found(&torn).len(), 1 + usize::from(torn == after), "cut at {cut}, {forwards}");
+            }
+        }
+        // An append beside it gives the very same bytes.
+        before[start + UNIT as usize..end].copy_from_slice(&received[start + UNIT as usize..end]);
+        assert_eq!(before, received);
+    }
+
+    #[test]
+    fn random_appends_and_landings_equal_a_model_after_a_crash_between_any_two() {
+        use rand::rngs::StdRng;
+        use rand::{Rng, SeedableRng};
+        let rounds: u64 = std::env::var("ZEROFSCTL_CASES").ok().map_or(40, |n| n.parse().unwrap());
+        let (mut in_place, mut beside) = (0, 0);
+        for seed in 0..rounds {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let dir = tempfile::tempdir().unwrap();
+            let mut log = open(dir.path(), &who());
+            let mut model: VecDeque<(Kind, u64, u64, Vec<u8>)> = VecDeque::new();
+            let mut landing: Option<(u64, Vec<u8>)> = None;
+            for step in 0..120u64 {
+                match rng.random_range(0..10) {
+                    0 | 1 => {
+                        let data = vec![rng.random(); rng.random_range(0..9000)];
+                        if log.append(Kind::Write, step, data.len() as u64, &data).is_ok() {
+                            model.push_back((Kind::Write, step, data.len() as u64, data));
+                        }
+                    }
+                    2 => {
+                        if log.append(Kind::Trim, step, 7, &[]).is_ok() {
+                            model.push_back((Kind::Trim, step, 7, vec![]));
+                        }
+                    }
+                    3 | 4 => {
+                        let data = vec![rng.random(); rng.random_range(1..16000)];
+                        if log.land(step, data.len() as u64) {
+                            assert!(landing.is_none());
+                            landing = Some((step, data));
+                        }
+                    }
+                    5 => {
+                        if let Some((_, data)) = &landing {
+                            let at = data.len() - log.landing_left().unwrap() as usize;
+                            let n = rng.random_range(0..=data.len() - at);
+                            log.landing_room()[..n].copy_from_slice(&data[at..at + n]);
+                            log.landed(n);
+                        }
+                    }
+                    6 | 7 => {
+                        if let Some((offset, data)) = landing.take() {
+                            let at = data.len() - log.landing_left().unwrap() as usize;
+                            land(&mut log, &data[at..]);
+                            match log.landing.as_ref().unwrap().place {
+                                Place::Ring { .. } => in_place += 1,
+                                Place::Beside(_) => beside += 1,
+                            }
+                            match log.append_landed() {
+                                Ok(_) => model.push_back((Kind::Write, offset, data.len() as u64, data)),
+                                Err(_) => assert!(log.end_landing() == data),
+                            }
+                        }
+                    }
+                    8 => {
+                        for _ in 0..rng.random_range(0..4) {
+                            log.void(log.seqs().start);
+                            // Padding that is the oldest has left with what was before it.
+                            model.pop_front();
+                        }
+                        if rng.random_bool(0.2) {
+                            log.shrink();
+                        }
+                    }
+                    _ => {
+                        log.end_landing();
+                        landing = None;
+                    }
+                }
+                assert!(model == contents(&log), "seed {seed}, step {step}");
+                if step % 7 == 0 || rng.random_bool(0.1) {
+                    let copy = tempfile::tempdir().unwrap();
+                    std::fs::copy(log.path(), copy.path().join(FILE_NAME)).unwrap();
+                    assert!(
+                        model == contents(&open(copy.path(), &who())),
+                        "seed {seed}, step {step}, reopened"
+                    );
+                }
+            }
+        }
+        assert!(in_place > rounds && beside > rounds, "{in_place} and {beside}");
+    }
+
     #[test]
     fn a_torn_header_update_leaves_the_other_slot() {
         let dir = tempfile::tempdir().unwrap();

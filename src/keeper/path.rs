@@ -1002,6 +1002,8 @@ struct Buffer {
     bytes: Vec<u8>,
     /// What is received and not consumed.
     filled: usize,
+    /// What the reply at its beginning takes, if that is known and it is not whole.
+    need: usize,
 }
 
 impl Receiver {
@@ -1118,12 +1120,17 @@ impl Receiver {
         let i = match self.buffers.iter().position(|b| b.conn == conn.id) {
             Some(i) => i,
             None => {
-                self.buffers.push(Buffer { conn: conn.id, bytes: vec![0; RECEIVE], filled: 0 });
+                self.buffers.push(Buffer { conn: conn.id, bytes: vec![0; RECEIVE], filled: 0, need: 0 });
                 self.buffers.len() - 1
             }
         };
         let buffer = &mut self.buffers[i];
-        let room = &mut buffer.bytes[buffer.filled..];
+        // What comes after a large reply is left for the next time, since it would have to be moved then.
+        let end = match buffer.need {
+            need if need > RECEIVE => buffer.bytes.len().min(need + SimpleReply::LEN),
+            _ => buffer.bytes.len(),
+        };
+        let room = &mut buffer.bytes[buffer.filled..end];
         match nix::sys::socket::recv(conn.stream.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
             Ok(0) => {
                 shared.lost(conn.id, "the server closed the connection");
@@ -1140,7 +1147,7 @@ impl Receiver {
         let mut out = Vec::new();
         let mut inline: Vec<(Completion, std::ops::Range<usize>)> = Vec::with_capacity(32);
         let mut at = 0;
-        let mut need = RECEIVE;
+        let mut need = 0;
         let mut wrong = None;
         let deadline = {
             let mut state = shared.state();
@@ -1178,6 +1185,7 @@ impl Receiver {
         }
         buffer.bytes.copy_within(at..buffer.filled, 0);
         buffer.filled -= at;
+        buffer.need = need;
         if need > buffer.bytes.len() {
             buffer.bytes.resize(need.max(2 * RECEIVE), 0);
         }
