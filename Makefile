@@ -8,7 +8,7 @@ export ZEROFSCTL_TOOLS ?= $(HOME)/.cache/zerofsctl/tools
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench bench-nbd install clean
+.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench bench-nbd bench-rounds install clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,9 +78,19 @@ bench: ## attach, memory and throughput beside their floors, in one run (ARGS="a
 	@scripts/setup test
 	$(CARGO) bench --locked --bench side_by_side -- $(ARGS)
 
+# The bench runs where the module is, on a release build made here.
+bench-nbd: ## The NBD transport beside nbd-client, in a machine that has it (ARGS="--rounds 3"): needs root
+	@scripts/setup test vm
+	@$(CARGO) bench --locked --bench side_by_side --no-run
+	@echo "Load average of this machine: $$(cut -d' ' -f1-3 /proc/loadavg) before,"
+	@scripts/vm uml --name bench-nbd --memory 6G --timeout 3600 -- \
+	"$$($(CARGO) bench --locked --quiet --bench side_by_side --no-run --message-format json | \
+	sed -n 's/.*"name":"side_by_side".*"executable":"\([^"]*\)".*/\1/p')" nbd $(ARGS)
+	@echo "$$(cut -d' ' -f1-3 /proc/loadavg) after."
+
 # Prints rounds, leaks and time (ROUNDS=200 for fewer).
 ROUNDS ?= 1000
-bench-nbd: ## 1,000 rounds of attach and detach on kernel NBD, half of them killed half-way: needs root
+bench-rounds: ## 1,000 rounds of attach and detach on kernel NBD, half of them killed half-way: needs root
 	@scripts/setup test vm
 	ZEROFSCTL_ROUNDS=$(ROUNDS) ZEROFSCTL_VM_TIMEOUT=14400 scripts/vm-test uml nbd_rounds
 

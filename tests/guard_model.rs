@@ -45,6 +45,21 @@ enum Event {
         blocks: u16,
     },
     Flush,
+    /// The data of a write begins to come in, for the replay log to take.
+    Land {
+        at: u16,
+        blocks: u8,
+    },
+    /// Some bytes of it.
+    Receive {
+        bytes: u16,
+    },
+    /// The rest of it, and the write is submitted.
+    Landed {
+        fua: bool,
+    },
+    /// The rest of it will never come.
+    Abandon,
     /// The server carries out the n-th request it has, in any order.
     Serve {
         nth: u8,
@@ -110,6 +125,10 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (at(), count(), any::<bool>()).prop_map(|(at, blocks, fua)| Zero { at, blocks, fua }),
         6 => (at(), count()).prop_map(|(at, blocks)| Read { at, blocks }),
         4 => Just(Flush),
+        5 => (at(), 1..30u8).prop_map(|(at, blocks)| Land { at, blocks }),
+        5 => (0..6000u16).prop_map(|bytes| Receive { bytes }),
+        5 => prop::bool::weighted(0.15).prop_map(|fua| Landed { fua }),
+        1 => Just(Abandon),
         12 => any::<u8>().prop_map(|nth| Serve { nth }),
         12 => any::<u8>().prop_map(|nth| Reply { nth }),
         6 => Just(ServeAll),
@@ -229,6 +248,15 @@ enum Sent {
     Flush { versions: Vec<u64> },
 }
 
+/// A write whose data is coming in.
+struct Landing {
+    start: usize,
+    end: usize,
+    tag: Tag,
+    data: Vec<u8>,
+    filled: usize,
+}
+
 struct World {
     dir: TempDir,
     guard: Guard<u64>,
@@ -255,6 +283,7 @@ struct World {
     /// I/O errors of a server in good health.
     io_errors: u64,
     replays: u64,
+    landing: Option<Landing>,
 }
 
 fn identity() -> Identity {
@@ -296,6 +325,7 @@ impl World {
             reads_checked: 0,
             io_errors: 0,
             replays: 0,
+            landing: None,
         }
     }
 
@@ -309,7 +339,10 @@ impl World {
         let mut sent = sent;
         if let Sent::Mutation { start, end, durable, .. } = &mut sent {
             self.versions[*start..*end].iter_mut().for_each(|v| *v += 1);
-            if matches!(op, Op::Write { fua: true, .. } | Op::Zero { fua: true, .. }) {
+            if matches!(
+                op,
+                Op::Write { fua: true, .. } | Op::Landed { fua: true, .. } | Op::Zero { fua: true, .. }
+            ) {
                 *durable = Some(self.versions[*start..*end].to_vec());
             }
         }
@@ -323,6 +356,17 @@ impl World {
         self.next += 1;
         let tag = if zero { 0 } else { self.next };
         (Sent::Mutation { start, end, tag, born: self.moment, durable: None }, bytes(&vec![tag; end - start]))
+    }
+
+    /// So many more bytes of the landing, or what is left of it.
+    fn receive(&mut self, bytes: usize) {
+        let Some(landing) = &mut self.landing else { return };
+        let n = bytes.min(landing.data.len() - landing.filled);
+        let room = self.guard.landing_room();
+        assert_eq!(room.len(), landing.data.len() - landing.filled);
+        room[..n].copy_from_slice(&landing.data[landing.filled..landing.filled + n]);
+        landing.filled += n;
+        assert_eq!(self.guard.landed(n), Some((landing.data.len() - landing.filled) as u64));
     }
 
     fn act(&mut self, out: Vec<Action<u64>>) {
@@ -550,6 +594,30 @@ impl World {
                 let versions = self.versions.clone();
                 self.submit(Op::Flush, Sent::Flush { versions });
             }
+            Event::Land { at, blocks } => {
+                let (start, end) = Self::range(at, blocks.into());
+                let len = ((end - start) * BLOCK) as u64;
+                if self.guard.land((start * BLOCK) as u64, len) {
+                    assert!(self.landing.is_none(), "two are received in one place");
+                    self.next += 1;
+                    let (tag, data) = (self.next, bytes(&vec![self.next; end - start]));
+                    self.landing = Some(Landing { start, end, tag, data, filled: 0 });
+                }
+            }
+            Event::Receive { bytes } => self.receive(bytes.into()),
+            Event::Landed { fua } => {
+                self.receive(usize::MAX);
+                if let Some(Landing { start, end, tag, .. }) = self.landing.take() {
+                    self.next += 1;
+                    let sent = Sent::Mutation { start, end, tag, born: self.moment, durable: None };
+                    self.submit(Op::Landed { offset: (start * BLOCK) as u64, fua }, sent);
+                    assert!(self.guard.landing_room().is_empty(), "a landing that has ended goes on");
+                }
+            }
+            Event::Abandon => {
+                self.guard.end_landing();
+                self.landing = None;
+            }
             Event::Serve { nth } => {
                 if let Some(server) = &mut self.server {
                     server.serve(nth.into(), self.now);
@@ -636,11 +704,17 @@ impl World {
         let head = 4096 + (self.guard.log().used_end() % MIN_CAPACITY) as usize;
         let free = (MIN_CAPACITY - self.guard.log().used()) as usize;
         let (start, end) = Self::range(at, blocks.into());
-        let (sent, payload) = self.mutation(start, end, false);
+        let (mut sent, payload) = self.mutation(start, end, false);
+        let mut op = Op::Write { offset: (start * BLOCK) as u64, data: &payload, fua: false };
+        // In the middle of what was being received, if it is that.
+        self.receive(usize::MAX);
+        if let Some(Landing { start, end, tag, .. }) = self.landing.take() {
+            sent = Sent::Mutation { start, end, tag, born: self.moment, durable: None };
+            op = Op::Landed { offset: (start * BLOCK) as u64, fua: false };
+        }
         // Its requests go nowhere: the process is dead before.
         let mut out = Vec::new();
         self.sent.insert(self.next, sent);
-        let op = Op::Write { offset: (start * BLOCK) as u64, data: &payload, fua: false };
         self.guard.submit(self.now, op, self.next, &mut out);
         let after = std::fs::read(&path).unwrap();
         let mut torn = before.clone();
@@ -874,6 +948,56 @@ fn a_time_limit_ends_the_wait_with_an_error_and_the_state_says_so() {
     // The acknowledged write is still safe.
     world.settle();
     assert!(!world.guard.stats(world.now).timed_out);
+}
+
+#[test]
+fn a_flush_goes_to_the_server_when_it_may_have_got_writes_by_another_way() {
+    let mut world = World::new(false, true);
+    world.start();
+    let asked = |world: &World| world.server.as_ref().unwrap().inbox.len();
+    world.event(&Event::Flush);
+    assert_eq!((world.sent.len(), asked(&world)), (0, 0), "there is nothing to ask the server for");
+    // As the direct path does: past the guard. A flush that is on its way already does not cover it.
+    world.event(&Event::Write { at: 0, blocks: 1, fua: false });
+    world.event(&Event::ServeAll);
+    world.event(&Event::Flush);
+    world.guard.distrust();
+    world.event(&Event::Flush);
+    world.event(&Event::ServeAll);
+    world.check_flush();
+    assert_eq!((world.sent.len(), asked(&world)), (1, 1));
+    // What it was for is not forgotten when the server dies before it answers.
+    world.event(&Event::Kill { kept: 0 });
+    world.start();
+    assert_eq!((world.sent.len(), asked(&world)), (1, 1));
+    world.event(&Event::ServeAll);
+    world.check_flush();
+    assert_eq!(world.sent.len(), 0);
+    world.event(&Event::Flush);
+    assert_eq!((world.sent.len(), asked(&world)), (0, 0), "it is not asked for ever");
+}
+
+#[test]
+fn data_that_never_becomes_complete_holds_nobody_up_and_is_never_replayed() {
+    let mut world = World::new(false, true);
+    world.start();
+    world.event(&Event::Land { at: 0, blocks: 8 });
+    world.event(&Event::Receive { bytes: 4000 });
+    // More than the log holds, all of it written while that stays as it is.
+    for i in 0..40 {
+        world.event(&Event::Write { at: 20 + i * 19, blocks: 19, fua: i % 8 == 7 });
+        world.event(&Event::ServeAll);
+        world.check_flush();
+    }
+    world.settle();
+    assert!(world.landing.is_some());
+    world.event(&Event::Write { at: 30, blocks: 1, fua: false });
+    world.event(&Event::Kill { kept: 0 });
+    world.settle();
+    // It is complete after all, and its bytes are the right ones.
+    world.event(&Event::Landed { fua: false });
+    world.settle();
+    assert!(world.promised[..8].iter().all(|p| p.len() == 1 && p[0].0 != 0));
 }
 
 #[test]

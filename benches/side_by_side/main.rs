@@ -1,12 +1,13 @@
 //! `make bench`: zerofsctl beside what it is measured against, in one run on one machine.
 //!
 //! ```text
-//! cargo bench --bench side_by_side [-- PART... [--rounds N] [--seconds N] [--parallel N]]
+//! cargo bench --bench side_by_side [-- PART... [--rounds N] [--seconds N] [--parallel N] [--depth N]]
 //! ```
 //!
 //! The parts: `attach` (one volume, fresh and existing, beside the same by hand), `parallel` (many at once),
-//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), `csi` (the driver: calls, memory, many
-//! stages at once).
+//! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), `csi` (the driver: calls,
+//! memory, many stages at once), `wire` (the guarded path of the NBD transport without a device), and only when asked for,
+//! since it needs the kernel's nbd module, `nbd` (`make bench-nbd`: the NBD transport beside nbd-client).
 //! Whatever is compared runs in turns, so that a machine that becomes slower slows both. The result is
 //! Markdown on stdout; the story is on stderr. It needs root.
 
@@ -14,6 +15,7 @@ mod attach;
 mod command;
 mod csi;
 mod floor;
+mod nbd;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod transport;
@@ -28,13 +30,15 @@ pub struct Scale {
     pub seconds: u64,
     /// Volumes attached at once.
     pub parallel: usize,
+    /// Requests in flight of the 1 MiB jobs of `nbd`.
+    pub depth: usize,
 }
 
-const PARTS: [&str; 5] = ["attach", "parallel", "memory", "transport", "csi"];
+const PARTS: [&str; 7] = ["attach", "parallel", "memory", "transport", "csi", "wire", "nbd"];
 
 fn main() {
     let mut parts = Vec::new();
-    let mut scale = Scale { rounds: 7, seconds: 10, parallel: 20 };
+    let mut scale = Scale { rounds: 7, seconds: 10, parallel: 20, depth: 8 };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut number = || args.next().and_then(|n| n.parse().ok()).unwrap_or_else(|| usage(&arg));
@@ -44,6 +48,7 @@ fn main() {
             "--rounds" => scale.rounds = number() as usize,
             "--seconds" => scale.seconds = number(),
             "--parallel" => scale.parallel = number() as usize,
+            "--depth" => scale.depth = number() as usize,
             part if PARTS.contains(&part) => parts.push(part.to_owned()),
             other => usage(other),
         }
@@ -66,10 +71,19 @@ fn main() {
     if wanted("csi") {
         csi::driver(&scale);
     }
+    if wanted("wire") {
+        nbd::wire(&scale);
+    }
+    if parts.iter().any(|part| part == "nbd") {
+        nbd::compare(&scale);
+    }
 }
 
 fn usage(at: &str) -> ! {
-    eprintln!("'{at}'? usage: [{}]... [--rounds N] [--seconds N] [--parallel N]", PARTS.join("|"));
+    eprintln!(
+        "'{at}'? usage: [{}]... [--rounds N] [--seconds N] [--parallel N] [--depth N]",
+        PARTS.join("|")
+    );
     std::process::exit(2);
 }
 

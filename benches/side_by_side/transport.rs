@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -60,19 +60,7 @@ fn turns(scale: &Scale) -> usize {
 /// One nbdkit memory server for both sides, in turns.
 fn on_memory(scale: &Scale) -> (Iops, Iops) {
     let dir = TestDir::new();
-    let mut nbdkit = Command::new(require_program("nbdkit"))
-        .args(["--foreground", "--exit-with-parent", "--unix"])
-        .arg(dir.join("nbd.sock"))
-        .args(["memory", "1G"])
-        .current_dir(dir.path())
-        .stdin(Stdio::null())
-        .spawn()
-        .expect("nbdkit can be started");
-    let began = Instant::now();
-    while sock::connect(dir.path(), "nbd.sock").is_err() {
-        assert!(began.elapsed() < LIMIT, "nbdkit does not answer");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let nbdkit = Memory::serve(dir.path());
     let (mut ours, mut floor) = (Iops::default(), Iops::default());
     for turn in 0..turns(scale) {
         say(format!("transport on nbdkit, turn {} of {}", turn + 1, turns(scale)));
@@ -82,9 +70,38 @@ fn on_memory(scale: &Scale) -> (Iops, Iops) {
         let nbdfuse = Device::attach(dir.path());
         measure(scale, dir.path(), &nbdfuse.path, false, &mut floor);
     }
-    let _ = nbdkit.kill();
-    let _ = nbdkit.wait();
+    drop(nbdkit);
     (ours, floor)
+}
+
+/// An nbdkit server with 1 GiB of memory behind `nbd.sock`; ended when dropped.
+pub struct Memory(Child);
+
+impl Memory {
+    /// Listens in this folder when this returns.
+    pub fn serve(dir: &Path) -> Memory {
+        let nbdkit = Command::new(require_program("nbdkit"))
+            .args(["--foreground", "--exit-with-parent", "--unix"])
+            .arg(dir.join("nbd.sock"))
+            .args(["memory", "1G"])
+            .current_dir(dir)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("nbdkit can be started");
+        let began = Instant::now();
+        while sock::connect(dir, "nbd.sock").is_err() {
+            assert!(began.elapsed() < LIMIT, "nbdkit does not answer");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Memory(nbdkit)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// A ZeroFS server for each side, with the same settings, in turns.
@@ -151,10 +168,11 @@ fn measure(scale: &Scale, dir: &Path, device: &Path, fill: bool, into: &mut Iops
 }
 
 /// The keeper's data path in this process, with the FUSE transport and a loop device on it.
-struct Keeper {
+pub struct Keeper {
     path: Arc<DataPath>,
     fuse: PathBuf,
-    device: PathBuf,
+    /// The loop device.
+    pub device: PathBuf,
 }
 
 /// nbdkit never lies.
@@ -171,28 +189,35 @@ impl Prober for Honest {
 }
 
 impl Keeper {
-    fn attach(run_dir: &Path) -> Keeper {
-        let (events, _) = mpsc::channel();
-        let config = DataPathConfig {
-            run_dir: run_dir.into(),
-            export: "disk".into(),
-            connections: 4,
-            log_bytes: 256 << 20,
-            io_timeout: None,
-            volume: "bench".parse().expect("a valid volume id"),
-            epoch: 1,
-            // As with ZeroFS 0.19.1, where every read is looked at.
-            zeros_when_closed: true,
-            replay_log: true,
-        };
-        let path = DataPath::new(config, Arc::new(Honest), events).expect("a data path can be made");
-        path.server_up().expect("nbdkit answers");
+    /// On the NBD server in this folder.
+    pub fn attach(run_dir: &Path) -> Keeper {
+        let path = data_path(run_dir);
         let fuse = run_dir.join("fuse");
         fs::create_dir_all(&fuse).expect("the bench's folder can be written");
         path.mount_fuse(&fuse).expect("FUSE can be mounted");
         let device = attach_loop(&fuse.join("disk"));
         Keeper { path, fuse, device }
     }
+}
+
+/// A data path with the NBD server in this folder as its server.
+pub fn data_path(run_dir: &Path) -> Arc<DataPath> {
+    let (events, _) = mpsc::channel();
+    let config = DataPathConfig {
+        run_dir: run_dir.into(),
+        export: "disk".into(),
+        connections: 4,
+        log_bytes: 256 << 20,
+        io_timeout: None,
+        volume: "bench".parse().expect("a valid volume id"),
+        epoch: 1,
+        // As with ZeroFS 0.19.1, where every read is looked at.
+        zeros_when_closed: true,
+        replay_log: true,
+    };
+    let path = DataPath::new(config, Arc::new(Honest), events).expect("a data path can be made");
+    path.server_up().expect("the server answers");
+    path
 }
 
 impl Drop for Keeper {

@@ -25,13 +25,14 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use super::control::{ConnectOptions, NbdPath, NbdStatus, State};
+use super::path::DataPath;
 use super::process::{Exit, boot_id, write_json};
 use super::service::{Shared, stopping_error};
 use super::{apart, lock, thread};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::nbd::sysfs::NbdDevice;
 use crate::host::nbd::{self, netlink, sysfs};
-use crate::zerofs::nbd::{TransmissionFlags, handshake};
+use crate::zerofs::nbd::{Export, TransmissionFlags, handshake};
 use crate::zerofs::sock;
 
 /// The name of the record in the run folder.
@@ -41,7 +42,7 @@ pub const RECORD: &str = "nbd.json";
 const BLOCK_SIZE: u64 = 512;
 /// The sockets of a guarded device. With one, the kernel only looks after requests that are not answered in time; with
 /// several it would give up the socket of a slow request, and send that request again while the first is still held.
-const GUARDED_SOCKETS: usize = 1;
+pub const GUARDED_SOCKETS: usize = 1;
 /// How often the kernel looks after requests without an answer on a guarded device: those that a dead keeper had taken
 /// are sent to the next one no sooner than that.
 const LOOK_AFTER: Duration = Duration::from_millis(500);
@@ -332,20 +333,7 @@ impl Shared {
 
     /// Connections to ZeroFS, in the transmission phase.
     fn direct_sockets(&self) -> Result<(Vec<UnixStream>, TransmissionFlags)> {
-        let one = || {
-            let mut stream = sock::connect(&self.config.run_dir, "nbd.sock").map_err(|e| {
-                Error::new(Kind::Unreachable, format!("cannot connect to ZeroFS's NBD socket: {e}"))
-                    .hint("look whether ZeroFS runs, and into its log (zerofsctl show VOLUME)")
-            })?;
-            let export = handshake(&mut stream, &self.config.export)?;
-            // The kernel waits for as long as it takes.
-            stream
-                .set_read_timeout(None)
-                .and_then(|()| stream.set_write_timeout(None))
-                .doing("set up", "a socket")?;
-            let _ = setsockopt(&stream, sockopt::SndBufForce, &(2 << 20));
-            Ok::<_, Error>((stream, export))
-        };
+        let one = || direct_socket(&self.config.run_dir, &self.config.export);
         let (first, export) = one()?;
         if export.size != self.data.size() {
             return Err(Error::new(Kind::Unreachable, "the export changes between two connections")
@@ -361,17 +349,7 @@ impl Shared {
 
     /// Sets the queue for the job; a device works without that too.
     fn tune(&self, index: u32, path: NbdPath) {
-        let look_after = match path {
-            NbdPath::Guarded => LOOK_AFTER,
-            NbdPath::Direct => LOOK_AFTER_DIRECT,
-        };
-        let queue = sysfs::Queue {
-            // The guard and ZeroFS order requests themselves.
-            scheduler: Some("none".into()),
-            read_ahead_kib: Some(4096),
-            max_request_kib: Some(1024),
-            io_timeout_ms: Some(look_after.as_millis() as u64),
-        };
+        let queue = queue(path);
         let set = || sysfs::set_queue(index, &queue).map_err(|_| libc::EIO);
         if let Err(e) = apart::run(&format!("set the queue of /dev/nbd{index}"), CHANGE_LIMIT, set) {
             warn!("the queue of /dev/nbd{index} is left as it is: {e}");
@@ -519,16 +497,7 @@ impl Shared {
 
     /// Pairs of sockets, of which we serve one end; gives the other ends.
     fn sockets_for(&self, n: usize, read_only: bool) -> Result<Vec<UnixStream>> {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for _ in 0..n {
-            let (a, b) = UnixStream::pair().doing("make", "a pair of sockets")?;
-            // Room for a large request, so that the kernel's sender need not wait for us in its middle.
-            let _ = setsockopt(&b, sockopt::SndBufForce, &(2 << 20));
-            ours.push(a);
-            theirs.push(b);
-        }
-        self.data.serve_nbd(ours, read_only)?;
-        Ok(theirs)
+        sockets_of(&self.data, n, read_only)
     }
 
     // --- growing, ending --------------------------------------------------------------------------------
@@ -774,7 +743,54 @@ fn pid_for_the_kernel() -> Option<i32> {
     first.then(|| nix::unistd::gettid().as_raw())
 }
 
-fn server_flags(server: TransmissionFlags, path: NbdPath, read_only: bool) -> u64 {
+/// Pairs of sockets, of which the data path serves one end each; gives the other ends, for the kernel.
+pub fn sockets_of(data: &DataPath, n: usize, read_only: bool) -> Result<Vec<UnixStream>> {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..n {
+        let (a, b) = UnixStream::pair().doing("make", "a pair of sockets")?;
+        // Room for a large request, so that the kernel's sender need not wait for us in its middle.
+        let _ = setsockopt(&b, sockopt::SndBufForce, &(2 << 20));
+        ours.push(a);
+        theirs.push(b);
+    }
+    data.serve_nbd(ours, read_only)?;
+    Ok(theirs)
+}
+
+/// A connection to the NBD server in `run_dir` that the kernel may have: in the transmission phase, and without a
+/// time limit.
+pub fn direct_socket(run_dir: &Path, export: &str) -> Result<(UnixStream, Export)> {
+    let mut stream = sock::connect(run_dir, "nbd.sock").map_err(|e| {
+        Error::new(Kind::Unreachable, format!("cannot connect to ZeroFS's NBD socket: {e}"))
+            .hint("look whether ZeroFS runs, and into its log (zerofsctl show VOLUME)")
+    })?;
+    let export = handshake(&mut stream, export)?;
+    // The kernel waits for as long as it takes.
+    stream
+        .set_read_timeout(None)
+        .and_then(|()| stream.set_write_timeout(None))
+        .doing("set up", "a socket")?;
+    let _ = setsockopt(&stream, sockopt::SndBufForce, &(2 << 20));
+    Ok((stream, export))
+}
+
+/// How the queue of a device is set.
+pub fn queue(path: NbdPath) -> sysfs::Queue {
+    let look_after = match path {
+        NbdPath::Guarded => LOOK_AFTER,
+        NbdPath::Direct => LOOK_AFTER_DIRECT,
+    };
+    sysfs::Queue {
+        // The guard and ZeroFS order requests themselves.
+        scheduler: Some("none".into()),
+        read_ahead_kib: Some(4096),
+        max_request_kib: Some(1024),
+        io_timeout_ms: Some(look_after.as_millis() as u64),
+    }
+}
+
+/// What the kernel is told that the server can do.
+pub fn server_flags(server: TransmissionFlags, path: NbdPath, read_only: bool) -> u64 {
     let mut flags = netlink::SERVER_HAS_FLAGS;
     let mut offer = |yes: bool, flag: u64| flags |= if yes { flag } else { 0 };
     let guarded = path == NbdPath::Guarded;

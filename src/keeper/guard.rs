@@ -73,6 +73,13 @@ pub enum Op<'a> {
         /// Durable before it is answered.
         fua: bool,
     },
+    /// Writes what was received in the log: see [`Guard::land`].
+    Landed {
+        /// First byte; the same as when it was announced.
+        offset: u64,
+        /// Durable before it is answered.
+        fua: bool,
+    },
     /// Discards a range, which reads as zeros afterwards (ZeroFS does that on TRIM).
     Trim {
         /// First byte.
@@ -290,6 +297,8 @@ struct Flush<T> {
     id: u64,
     waiters: Vec<Waiter<T>>,
     mark: u64,
+    /// It also covers what is not in the log.
+    covers: bool,
     since: Now,
     retries: u32,
 }
@@ -342,6 +351,8 @@ pub struct Guard<T> {
     next_flush: u64,
     /// Everything acknowledged up to here has been flushed.
     flushed: u64,
+    /// The server may have what was never in the log, and what no flush of ours has covered.
+    unsure: bool,
     log_full: bool,
     doubts: Vec<Doubt>,
     probe: Option<u64>,
@@ -380,6 +391,7 @@ impl<T> Guard<T> {
             flush_waiters: Vec::new(),
             next_flush: 1,
             flushed: 0,
+            unsure: false,
             log_full: false,
             doubts: Vec::new(),
             probe: None,
@@ -400,10 +412,17 @@ impl<T> Guard<T> {
         &self.log
     }
 
+    /// The server may have got writes that were never in the log: the next flush goes to it, whatever the log says.
+    pub fn distrust(&mut self) {
+        self.unsure = true;
+    }
+
     /// Puts another log in its place; only for a guard without a server and without held operations.
     pub fn set_log(&mut self, log: ReplayLog) {
         assert!(self.is_quiet(), "a log in use is replaced");
+        let landing = self.log.take_landing();
         self.log = log;
+        self.log.set_landing(landing);
         self.flushed = 0;
     }
 
@@ -450,19 +469,60 @@ impl<T> Guard<T> {
 
     // ---- Inputs.
 
+    /// Gets ready to receive the data of a write into the log, for [`Op::Landed`] or [`end_landing`](Self::end_landing).
+    /// Nothing is promised by that, and nothing waits for it. False when it must be received elsewhere.
+    pub fn land(&mut self, offset: u64, len: u64) -> bool {
+        self.phase == Phase::Up
+            && !self.log_full
+            && len <= self.log.max_payload()
+            && self.log.land(offset, len)
+    }
+
+    /// Where the rest of the data that is being received goes.
+    pub fn landing_room(&mut self) -> &mut [u8] {
+        self.log.landing_room()
+    }
+
+    /// So many bytes were put there. Gives how many are still to come; none when no data is being received.
+    pub fn landed(&mut self, n: usize) -> Option<u64> {
+        self.log.landed(n);
+        self.log.landing_left()
+    }
+
+    /// The data will not become complete.
+    pub fn end_landing(&mut self) {
+        drop(self.log.end_landing());
+    }
+
     /// An operation from above. A write is at most [`ReplayLog::max_payload`] long, other ranges at most
     /// `u32::MAX`.
     pub fn submit(&mut self, now: Now, op: Op<'_>, token: T, out: &mut Actions<T>) {
+        let landed = matches!(op, Op::Landed { .. });
+        self.submit_one(now, op, token, out);
+        if landed {
+            // Whatever became of it, the place is free for the next one.
+            self.end_landing();
+        }
+    }
+
+    fn submit_one(&mut self, now: Now, op: Op<'_>, token: T, out: &mut Actions<T>) {
         if self.phase == Phase::Failed || self.timed_out(now) {
             return self.answer_error(token, || "an operation after the end".into(), EIO, out);
         }
-        let (kind, offset, len, fua, data): (_, _, _, _, &[u8]) = match op {
-            Op::Read { offset, len } => (OpKind::Read, offset, u64::from(len), false, &[]),
+        let none = Data::Bytes(&[]);
+        let (kind, offset, len, fua, data) = match op {
+            Op::Read { offset, len } => (OpKind::Read, offset, u64::from(len), false, none),
             Op::Write { offset, data, fua } => {
-                (OpKind::Mutation(Kind::Write), offset, data.len() as u64, fua, data)
+                (OpKind::Mutation(Kind::Write), offset, data.len() as u64, fua, Data::Bytes(data))
             }
-            Op::Trim { offset, len } => (OpKind::Mutation(Kind::Trim), offset, len, false, &[]),
-            Op::Zero { offset, len, fua } => (OpKind::Mutation(Kind::Zero), offset, len, fua, &[]),
+            Op::Landed { .. } if self.log.landing_left() != Some(0) => {
+                return self.answer_error(token, || "a write that is not here".into(), EIO, out);
+            }
+            Op::Landed { offset, fua } => {
+                (OpKind::Mutation(Kind::Write), offset, self.log.landing_len(), fua, Data::Landed)
+            }
+            Op::Trim { offset, len } => (OpKind::Mutation(Kind::Trim), offset, len, false, none),
+            Op::Zero { offset, len, fua } => (OpKind::Mutation(Kind::Zero), offset, len, fua, none),
             Op::Flush => {
                 self.pending += 1;
                 self.flush_waiters.push(Waiter { token, born: now, count: OpCount::Flush });
@@ -520,7 +580,10 @@ impl<T> Guard<T> {
             && (kind == OpKind::Read
                 || !(self.log_full || self.waiting.iter().any(|&w| self.collides(w, offset, offset + len))));
         if !first || !matches!(self.start(now, index, data, out), Start::Started) {
-            self.op(index).data = data.to_vec();
+            self.op(index).data = match data {
+                Data::Bytes(data) => data.to_vec(),
+                Data::Landed => self.log.end_landing(),
+            };
             self.waiting.push_back(index);
         }
         self.own_flush_if_needed(now, out);
@@ -785,7 +848,7 @@ impl<T> Guard<T> {
         self.ranges.range(..end).next_back().is_some_and(|(_, &e)| e > start)
     }
 
-    fn start(&mut self, now: Now, i: usize, data: &[u8], out: &mut Actions<T>) -> Start {
+    fn start(&mut self, now: Now, i: usize, data: Data<'_>, out: &mut Actions<T>) -> Start {
         let (kind, offset, len) = {
             let op = self.op(i);
             (op.kind, op.offset, op.len)
@@ -797,7 +860,11 @@ impl<T> Guard<T> {
             if !self.has_room() {
                 return Start::NoConnection;
             }
-            match self.log.append(kind, offset, len, data) {
+            let appended = match data {
+                Data::Bytes(data) => self.log.append(kind, offset, len, data),
+                Data::Landed => self.log.append_landed(),
+            };
+            match appended {
                 Ok(seq) => self.op(i).seq = Some(seq),
                 Err(_) => {
                     if !self.log_full {
@@ -935,7 +1002,7 @@ impl<T> Guard<T> {
                 continue;
             }
             let data = mem::take(&mut self.op(i).data);
-            match self.start(now, i, &data, out) {
+            match self.start(now, i, Data::Bytes(&data), out) {
                 Start::Started => continue,
                 Start::NoConnection => {
                     self.op(i).data = data;
@@ -960,7 +1027,7 @@ impl<T> Guard<T> {
         if self.phase != Phase::Up || self.flush.is_some() || self.flush_waiters.is_empty() {
             return;
         }
-        if !self.log.is_empty() || self.log.mark() > self.flushed {
+        if !self.log.is_empty() || self.log.mark() > self.flushed || self.unsure {
             return self.force_flush(now, out);
         }
         // All that was ever acknowledged has been flushed, and nothing is on its way: there is nothing to ask the
@@ -974,7 +1041,7 @@ impl<T> Guard<T> {
         let id = self.next_flush;
         self.next_flush += 1;
         let waiters = mem::take(&mut self.flush_waiters);
-        self.flush = Some(Flush { id, waiters, mark: 0, since: now, retries: 0 });
+        self.flush = Some(Flush { id, waiters, mark: 0, covers: false, since: now, retries: 0 });
         self.send_flush(now, out);
     }
 
@@ -994,6 +1061,7 @@ impl<T> Guard<T> {
         let mark = self.log.mark();
         let Some(flush) = self.flush.as_mut() else { return };
         flush.mark = mark;
+        flush.covers |= mem::take(&mut self.unsure);
         flush.since = now;
         if self.target.is_some_and(|t| t.flags.has_flush()) {
             let header = RequestHeader { flags: 0, command: Command::Flush, cookie: 0, offset: 0, len: 0 };
@@ -1140,6 +1208,7 @@ impl<T> Guard<T> {
         self.blind = 0;
         self.log_full = false;
         if let Some(flush) = self.flush.take() {
+            self.unsure |= flush.covers;
             let later = mem::replace(&mut self.flush_waiters, flush.waiters);
             self.flush_waiters.extend(later);
         }
@@ -1328,6 +1397,14 @@ impl<T> Guard<T> {
         }
         Some(request)
     }
+}
+
+/// Where the data of a write is.
+#[derive(Clone, Copy)]
+enum Data<'a> {
+    Bytes(&'a [u8]),
+    /// In the log, where it was received.
+    Landed,
 }
 
 enum Start {

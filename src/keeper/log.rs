@@ -12,6 +12,10 @@
 //! - **Order is truth.** Entries are appended in the order in which overlapping mutations reach the server,
 //!   and are released only from the oldest on, so the log is always a suffix of the history. An entry that
 //!   is durable or void but stuck behind an older one is marked, and not replayed.
+//! - **A payload may be received in place.** The free part of the ring behind the last entry can take one as it comes
+//!   in ([`ReplayLog::land`]). Until its header is stored it is no more than stale bytes there: nothing in the file
+//!   knows of it, so one that is never completed is never replayed and holds nothing up. Whatever else is appended
+//!   meanwhile takes the place, and the payload goes on beside the ring. Order is the order of the appends.
 //! - **A full disk is an error code and never a SIGBUS**: blocks are reserved with fallocate before they are
 //!   touched, 1 MiB at a time, as the ring grows. Reserving the whole file at once would cost its
 //!   whole size in memory for every volume, since the run folder is mostly a tmpfs. The first 4 MiB stay
@@ -154,7 +158,7 @@ impl LogMap {
         let at = at as usize;
         assert!(at + bytes.len() <= self.0.len(), "a write past the end of the replay log");
         // SAFETY: in bounds. Slices of this memory exist only over payloads of unreleased entries, which are
-        // never written to again.
+        // never written to again, and for a moment, under a borrow of the log, over one that is being received.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.as_mut_ptr().add(at), bytes.len()) }
     }
 
@@ -162,6 +166,43 @@ impl LogMap {
         assert!((at as usize) < self.0.len(), "a write past the end of the replay log");
         // SAFETY: in bounds; one byte is stored whole or not at all.
         unsafe { self.0.as_mut_ptr().add(at as usize).write_volatile(byte) }
+    }
+}
+
+/// A payload that is being received: see [`ReplayLog::land`].
+#[derive(Debug)]
+pub struct Landing {
+    kind: Kind,
+    offset: u64,
+    len: u64,
+    /// How much of it is here.
+    filled: usize,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// Where its entry will be.
+    Ring {
+        /// What the ring's end is filled with before it, in bytes.
+        pad: u64,
+        /// The entry's header, and the checksum over it and over the payload as far as it is here.
+        header: [u8; UNIT as usize],
+        crc: u32,
+        /// Where the payload starts in the file.
+        at: usize,
+    },
+    Beside(Vec<u8>),
+}
+
+impl Landing {
+    /// The bytes so far; `map` is that of the log that it is in.
+    fn bytes<'a>(&'a self, map: &'a LogMap) -> &'a [u8] {
+        match &self.place {
+            // SAFETY: nothing is stored there while this is borrowed, since that needs the log.
+            Place::Ring { at, .. } => unsafe { map.payload(Payload { at: *at, len: self.filled }) },
+            Place::Beside(bytes) => &bytes[..self.filled],
+        }
     }
 }
 
@@ -282,6 +323,7 @@ pub struct ReplayLog {
     acks: u64,
     chunks: Vec<Chunk>,
     live_bytes: u64,
+    landing: Option<Landing>,
 }
 
 fn entry_total(kind: Kind, payload: u64) -> u64 {
@@ -443,6 +485,7 @@ impl ReplayLog {
             acks: 1,
             chunks: vec![Chunk::Unknown; chunks],
             live_bytes: 0,
+            landing: None,
         })
     }
 
@@ -515,7 +558,17 @@ impl ReplayLog {
     /// When the payload is longer than [`max_payload`](Self::max_payload): callers split.
     pub fn append(&mut self, kind: Kind, offset: u64, len: u64, data: &[u8]) -> Result<u64, Full> {
         assert!(data.len() as u64 <= self.max_payload() && (kind != Kind::Write || data.len() as u64 == len));
+        self.step_aside();
         let total = entry_total(kind, data.len() as u64);
+        let pad = self.make_room(total)?;
+        self.pad(pad);
+        let entry = Entry { kind, offset, len, pos: self.head, total, acked: 0, settled: false };
+        self.live_bytes += len;
+        Ok(self.store(entry, data))
+    }
+
+    /// Room for an entry of so many bytes in all: gives what the ring's end must be filled with before.
+    fn make_room(&mut self, total: u64) -> Result<u64, Full> {
         let capacity = self.header.capacity;
         if self.entries.is_empty() && !self.head.is_multiple_of(capacity) {
             // Empty: start over at the ring's beginning, whose pages are there and warm.
@@ -531,6 +584,10 @@ impl ReplayLog {
             self.reserve(at, UNIT, true).map_err(|_| Full::Disk)?;
         }
         self.reserve(start, total, true).map_err(|_| Full::Disk)?;
+        Ok(pad)
+    }
+
+    fn pad(&mut self, pad: u64) {
         if pad > 0 {
             let filler = Entry {
                 kind: Kind::Pad,
@@ -544,9 +601,126 @@ impl ReplayLog {
             self.store(filler, &[]);
             self.pop_settled();
         }
+    }
+
+    // ---- A payload that is being received.
+
+    /// Gets ready to receive the payload of a write, which [`append_landed`](Self::append_landed) or
+    /// [`end_landing`](Self::end_landing) ends. False when one is being received already, or there is no room.
+    ///
+    /// # Panics
+    /// When it is longer than [`max_payload`](Self::max_payload): callers split.
+    pub fn land(&mut self, offset: u64, len: u64) -> bool {
+        assert!(len <= self.max_payload());
+        if self.landing.is_some() {
+            return false;
+        }
+        let total = entry_total(Kind::Write, len);
+        let Ok(pad) = self.make_room(total) else { return false };
+        let (kind, pos) = (Kind::Write, self.head + pad);
+        let entry = Entry { kind, offset, len, pos, total, acked: 0, settled: false };
+        let header = entry_header(self.header.id, self.next_seq + u64::from(pad > 0), &entry);
+        let crc = crc32c::crc32c(&header[..CRC_AT]);
+        let at = (DATA + pos % self.header.capacity + UNIT) as usize;
+        self.landing =
+            Some(Landing { kind, offset, len, filled: 0, place: Place::Ring { pad, header, crc, at } });
+        true
+    }
+
+    /// Where the rest of the payload goes; empty when nothing more is to come.
+    pub fn landing_room(&mut self) -> &mut [u8] {
+        match &mut self.landing {
+            None => &mut [],
+            Some(Landing { len, filled, place: Place::Ring { at, .. }, .. }) => {
+                let (at, len) = (*at + *filled, *len as usize - *filled);
+                assert!(at + len <= self.map.0.len(), "a payload past the end of the replay log");
+                // SAFETY: in bounds, reserved, and behind the last entry, where no payload slice is; whatever else
+                // is stored there moves the landing first, which needs the log that this borrows.
+                unsafe { std::slice::from_raw_parts_mut(self.map.0.as_mut_ptr().add(at), len) }
+            }
+            Some(Landing { filled, place: Place::Beside(bytes), .. }) => &mut bytes[*filled..],
+        }
+    }
+
+    /// So many bytes were put there.
+    pub fn landed(&mut self, n: usize) {
+        let Some(landing) = &mut self.landing else { return };
+        let before = landing.filled;
+        landing.filled += n;
+        assert!(landing.filled as u64 <= landing.len);
+        if let Place::Ring { at, crc, .. } = &mut landing.place {
+            // SAFETY: as above; only read, while it is still in the processor's cache.
+            let new = unsafe { self.map.payload(Payload { at: *at + before, len: n }) };
+            *crc = crc32c::crc32c_append(*crc, new);
+        }
+    }
+
+    /// Whether a payload is being received, and how much of it is still to come, in bytes.
+    pub fn landing_left(&self) -> Option<u64> {
+        self.landing.as_ref().map(|l| l.len - l.filled as u64)
+    }
+
+    /// How long the payload that is being received is, in bytes.
+    pub fn landing_len(&self) -> u64 {
+        self.landing.as_ref().map_or(0, |l| l.len)
+    }
+
+    /// Appends the payload that was received, as [`append`](Self::append) would. On failure it stays.
+    ///
+    /// # Panics
+    /// When it is not complete.
+    pub fn append_landed(&mut self) -> Result<u64, Full> {
+        assert_eq!(self.landing_left(), Some(0), "a write is appended before it is received");
+        let Some(landing) = self.landing.take() else { unreachable!("it was just looked at") };
+        let Landing { kind, offset, len, place, .. } = landing;
+        let (pad, mut header, crc) = match place {
+            Place::Ring { pad, header, crc, .. } => (pad, header, crc),
+            Place::Beside(bytes) => {
+                return self.append(kind, offset, len, &bytes).inspect_err(|_| {
+                    let filled = bytes.len();
+                    self.landing = Some(Landing { kind, offset, len, filled, place: Place::Beside(bytes) });
+                });
+            }
+        };
+        self.pad(pad);
+        let total = entry_total(kind, len);
         let entry = Entry { kind, offset, len, pos: self.head, total, acked: 0, settled: false };
+        let seq = self.next_seq;
+        debug_assert_eq!(header, entry_header(self.header.id, seq, &entry));
+        header[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+        // The payload is there already.
+        self.map.write(DATA + entry.pos % self.header.capacity, &header);
         self.live_bytes += len;
-        Ok(self.store(entry, data))
+        self.keep(entry);
+        Ok(seq)
+    }
+
+    /// Gives the payload up, and what is here of it.
+    pub fn end_landing(&mut self) -> Vec<u8> {
+        self.landing.take().map(|l| l.bytes(&self.map).to_vec()).unwrap_or_default()
+    }
+
+    /// For a log that replaces this one: what is being received goes on there.
+    pub fn take_landing(&mut self) -> Option<Landing> {
+        self.step_aside();
+        self.landing.take()
+    }
+
+    /// Goes on with what another log was receiving.
+    pub fn set_landing(&mut self, landing: Option<Landing>) {
+        self.landing = landing;
+    }
+
+    /// The place is needed for something else: what is being received goes on beside the ring.
+    fn step_aside(&mut self) {
+        if let Some(landing) = &mut self.landing
+            && matches!(landing.place, Place::Ring { .. })
+        {
+            let mut bytes = Vec::with_capacity(landing.len as usize);
+            bytes.extend_from_slice(landing.bytes(&self.map));
+            bytes.resize(landing.len as usize, 0);
+            landing.place = Place::Beside(bytes);
+        }
     }
 
     fn store(&mut self, entry: Entry, data: &[u8]) -> u64 {
@@ -560,10 +734,14 @@ impl ReplayLog {
         }
         self.map.write(at + UNIT, data);
         self.map.write(at, &header);
+        self.keep(entry);
+        seq
+    }
+
+    fn keep(&mut self, entry: Entry) {
         self.head += entry.total;
         self.next_seq += 1;
         self.entries.push_back(entry);
-        seq
     }
 
     /// The longest payload that one entry takes, in bytes.
@@ -772,6 +950,7 @@ impl ReplayLog {
 
     /// Gives memory and disk blocks back that the entries of now do not need. For quiet moments.
     pub fn shrink(&mut self) {
+        self.step_aside();
         let capacity = self.header.capacity;
         let (from, to) = (self.header.tail, self.head);
         for chunk in 0..self.chunks.len() as u64 {
@@ -983,6 +1162,136 @@ mod tests {
                 assert_eq!(found.len(), 1 + usize::from(whole), "cut at {cut}, forwards {forwards}");
             }
         }
+    }
+
+    fn land(log: &mut ReplayLog, bytes: &[u8]) {
+        for piece in bytes.chunks(bytes.len().div_ceil(3).max(1)) {
+            log.landing_room()[..piece.len()].copy_from_slice(piece);
+            log.landed(piece.len());
+        }
+    }
+
+    #[test]
+    fn a_payload_received_in_place_is_no_entry_at_any_byte_until_it_is_appended() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path(), &who());
+        log.append(Kind::Write, 1, 100, &[1; 100]).unwrap();
+        let found = |bytes: &[u8]| {
+            let copy = tempfile::tempdir().unwrap();
+            std::fs::write(copy.path().join(FILE_NAME), bytes).unwrap();
+            contents(&open(copy.path(), &who()))
+        };
+        let path = log.path().to_owned();
+        let read = || std::fs::read(&path).unwrap();
+        let mut before = read();
+        assert!(log.land(2, 100));
+        assert!(!log.land(3, 100), "two in one place");
+        for i in 0..100 {
+            log.landing_room()[0] = i as u8;
+            log.landed(1);
+            assert_eq!(found(&read()).len(), 1, "{i} bytes are an entry");
+        }
+        assert_eq!(log.landing_left(), Some(0));
+        let received = read();
+        log.append_landed().unwrap();
+        let after = read();
+        assert_eq!(found(&after)[1], (Kind::Write, 2, 100, (0..100).collect()));
+        let (start, end) = (DATA as usize + 192, DATA as usize + 192 + 192);
+        assert_eq!(received[start..start + UNIT as usize], before[start..start + UNIT as usize]);
+        for cut in start..end {
+            for forwards in [true, false] {
+                let mut torn = received.clone();
+                let range = if forwards { start..cut } else { cut..end };
+                torn[range.clone()].copy_from_slice(&after[range]);
+                assert_eq!(found(&torn).len(), 1 + usize::from(torn == after), "cut at {cut}, {forwards}");
+            }
+        }
+        // An append beside it gives the very same bytes.
+        before[start + UNIT as usize..end].copy_from_slice(&received[start + UNIT as usize..end]);
+        assert_eq!(before, received);
+    }
+
+    #[test]
+    fn random_appends_and_landings_equal_a_model_after_a_crash_between_any_two() {
+        use rand::rngs::StdRng;
+        use rand::{Rng, SeedableRng};
+        let rounds: u64 = std::env::var("ZEROFSCTL_CASES").ok().map_or(40, |n| n.parse().unwrap());
+        let (mut in_place, mut beside) = (0, 0);
+        for seed in 0..rounds {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let dir = tempfile::tempdir().unwrap();
+            let mut log = open(dir.path(), &who());
+            let mut model: VecDeque<(Kind, u64, u64, Vec<u8>)> = VecDeque::new();
+            let mut landing: Option<(u64, Vec<u8>)> = None;
+            for step in 0..120u64 {
+                match rng.random_range(0..10) {
+                    0 | 1 => {
+                        let data = vec![rng.random(); rng.random_range(0..9000)];
+                        if log.append(Kind::Write, step, data.len() as u64, &data).is_ok() {
+                            model.push_back((Kind::Write, step, data.len() as u64, data));
+                        }
+                    }
+                    2 => {
+                        if log.append(Kind::Trim, step, 7, &[]).is_ok() {
+                            model.push_back((Kind::Trim, step, 7, vec![]));
+                        }
+                    }
+                    3 | 4 => {
+                        let data = vec![rng.random(); rng.random_range(1..16000)];
+                        if log.land(step, data.len() as u64) {
+                            assert!(landing.is_none());
+                            landing = Some((step, data));
+                        }
+                    }
+                    5 => {
+                        if let Some((_, data)) = &landing {
+                            let at = data.len() - log.landing_left().unwrap() as usize;
+                            let n = rng.random_range(0..=data.len() - at);
+                            log.landing_room()[..n].copy_from_slice(&data[at..at + n]);
+                            log.landed(n);
+                        }
+                    }
+                    6 | 7 => {
+                        if let Some((offset, data)) = landing.take() {
+                            let at = data.len() - log.landing_left().unwrap() as usize;
+                            land(&mut log, &data[at..]);
+                            match log.landing.as_ref().unwrap().place {
+                                Place::Ring { .. } => in_place += 1,
+                                Place::Beside(_) => beside += 1,
+                            }
+                            match log.append_landed() {
+                                Ok(_) => model.push_back((Kind::Write, offset, data.len() as u64, data)),
+                                Err(_) => assert!(log.end_landing() == data),
+                            }
+                        }
+                    }
+                    8 => {
+                        for _ in 0..rng.random_range(0..4) {
+                            log.void(log.seqs().start);
+                            // Padding that is the oldest has left with what was before it.
+                            model.pop_front();
+                        }
+                        if rng.random_bool(0.2) {
+                            log.shrink();
+                        }
+                    }
+                    _ => {
+                        log.end_landing();
+                        landing = None;
+                    }
+                }
+                assert!(model == contents(&log), "seed {seed}, step {step}");
+                if step % 7 == 0 || rng.random_bool(0.1) {
+                    let copy = tempfile::tempdir().unwrap();
+                    std::fs::copy(log.path(), copy.path().join(FILE_NAME)).unwrap();
+                    assert!(
+                        model == contents(&open(copy.path(), &who())),
+                        "seed {seed}, step {step}, reopened"
+                    );
+                }
+            }
+        }
+        assert!(in_place > rounds && beside > rounds, "{in_place} and {beside}");
     }
 
     #[test]

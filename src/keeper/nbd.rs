@@ -2,14 +2,15 @@
 //!
 //! The I/O thread reads the requests of all sockets and hands them to the guard itself, so a request crosses no thread
 //! on its way in; a reply is written by whoever has the answer, and what the I/O thread answers in one round goes out
-//! in one system call per socket. Nothing here ever waits: what a socket does not take is queued, and a socket whose
+//! in one system call per socket. The data of a large write is received straight into the replay log, from where it is
+//! sent. Nothing here ever waits: what a socket does not take is queued, and a socket whose
 //! requests take too much memory is not read until some of them are answered.
 //!
 //! The peer is the kernel, but nothing that it sends is trusted: lengths are bounded, an unknown request is answered
 //! with EINVAL, and a broken stream ends that socket alone.
 
 use std::cell::RefCell;
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -17,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{MsgFlags, recv, sendmsg};
+use nix::sys::socket::{MsgFlags, recv, recvmsg, sendmsg};
 
 use super::guard::{Action, Guard, Now, Op};
 use super::path::{Completion, Joint, Shared, lock};
@@ -25,6 +26,10 @@ use crate::zerofs::nbd::{Command, FLAG_FAST_ZERO, FLAG_FUA, MAX_PAYLOAD, Request
 
 /// What is received at once, and the size of an idle socket's buffer.
 const RECEIVE: usize = 128 << 10;
+/// Data from this length on is received in the replay log, unless it is here already.
+const LAND: u64 = 32 << 10;
+/// What is received beyond such data: the next request's header, and little that must be moved.
+const AHEAD: usize = 4 << 10;
 /// A socket is not read while its unanswered requests take more than this, in bytes.
 const HELD: u64 = 16 << 20;
 /// What a request takes beside its data.
@@ -280,6 +285,18 @@ struct Writing {
     refused: Option<i32>,
     /// For one that is carried out in pieces.
     joint: Option<Arc<Joint>>,
+    /// The piece that comes next is being received in the replay log; so many bytes of it are still to come.
+    landing: Option<u64>,
+}
+
+impl Writing {
+    /// What answers the next piece.
+    fn done(&self, front: &Arc<Front>) -> Completion {
+        match &self.joint {
+            Some(joint) => joint.piece(0),
+            None => answer(front, self.cookie, self.cost),
+        }
+    }
 }
 
 /// What came of reading.
@@ -293,6 +310,13 @@ pub(super) enum Heard {
 impl FrontReader {
     pub(super) fn new(front: Arc<Front>) -> FrontReader {
         FrontReader { front, bytes: vec![0; RECEIVE], filled: 0, at: 0, write: None }
+    }
+
+    /// It is not read any more: what it was receiving will not become complete.
+    pub(super) fn end(self, shared: &Shared) {
+        if self.write.is_some_and(|w| w.landing.is_some()) {
+            shared.with_guard(|guard, _| guard.end_landing());
+        }
     }
 
     /// Gives memory back that a large request needed.
@@ -319,35 +343,67 @@ impl FrontReader {
             if self.front.pauses() {
                 return Heard::On;
             }
-            let need = match &self.write {
-                Some(w) => w.left.min(shared.max_write()) as usize,
-                None => RequestHeader::LEN,
+            let (n, wanted) = match self.receive(shared) {
+                Ok(Some(done)) => done,
+                Ok(None) => return Heard::On,
+                Err(why) => return Heard::End(why),
             };
-            if self.at > 0 {
-                self.bytes.copy_within(self.at..self.filled, 0);
-                self.filled -= self.at;
-                self.at = 0;
-            }
-            if self.bytes.len() < need.max(self.filled + 1) {
-                self.bytes.resize(need.max(2 * RECEIVE), 0);
-            }
-            let room = &mut self.bytes[self.filled..];
-            let wanted = room.len();
-            let n = match recv(self.front.stream.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
-                Ok(0) => return Heard::End("the kernel has closed its socket".into()),
-                Ok(n) => n,
-                Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Heard::On,
-                Err(e) => return Heard::End(format!("cannot receive from the kernel: {e}")),
-            };
-            self.filled += n;
-            if let Err(why) = self.understand(shared) {
-                return Heard::End(why);
-            }
             if n < wanted {
                 return Heard::On;
             }
         }
         Heard::On
+    }
+
+    /// Receives once, and hands in every request that is whole. How many bytes came and could have come; none when
+    /// nothing is there.
+    fn receive(&mut self, shared: &Shared) -> Result<Option<(usize, usize)>, String> {
+        let fd = self.front.stream.as_raw_fd();
+        if self.write.as_ref().is_some_and(|w| w.landing.is_some()) {
+            return self.receive_landing(shared);
+        }
+        let need = match &self.write {
+            Some(w) => w.left.min(shared.max_write()) as usize,
+            None => RequestHeader::LEN,
+        };
+        if self.at > 0 {
+            self.bytes.copy_within(self.at..self.filled, 0);
+            self.filled -= self.at;
+            self.at = 0;
+        }
+        if self.bytes.len() < need.max(self.filled + 1) {
+            self.bytes.resize(need.max(2 * RECEIVE), 0);
+        }
+        let room = &mut self.bytes[self.filled..];
+        let wanted = room.len();
+        let Some(n) = received(recv(fd, room, MsgFlags::MSG_DONTWAIT))? else { return Ok(None) };
+        self.filled += n;
+        self.understand(shared)?;
+        Ok(Some((n, wanted)))
+    }
+
+    /// The same while data comes in that goes to the replay log. The guard stays locked meanwhile, so that nobody else
+    /// needs the place; who is late there has to wait for a copy at most.
+    fn receive_landing(&mut self, shared: &Shared) -> Result<Option<(usize, usize)>, String> {
+        let mut out = Vec::new();
+        let done = shared.with_guard(|guard, now| {
+            let fd = self.front.stream.as_raw_fd();
+            let room = guard.landing_room();
+            let data = room.len();
+            let mut parts = [IoSliceMut::new(room), IoSliceMut::new(&mut self.bytes[..AHEAD])];
+            let message = recvmsg::<()>(fd, &mut parts, None, MsgFlags::MSG_DONTWAIT).map(|m| m.bytes);
+            let Some(n) = received(message)? else { return Ok(None) };
+            let left = guard.landed(n.min(data)).ok_or("the replay log was replaced")?;
+            // All that was here before has gone into the log too.
+            (self.at, self.filled) = (0, n.saturating_sub(data));
+            if let Some(write) = &mut self.write {
+                write.landing = Some(left);
+            }
+            self.parse(shared, guard, now, &mut out)?;
+            Ok(Some((n, data + AHEAD)))
+        });
+        shared.act(out);
+        done.unwrap_or_else(|| Err("the data path has no replay log".into()))
     }
 
     /// Hands in every request that is whole.
@@ -370,7 +426,19 @@ impl FrontReader {
             if let Some(write) = &mut self.write {
                 let piece = write.left.min(limit);
                 let available = self.filled - self.at;
-                if write.refused.is_some() {
+                if let Some(left) = write.landing {
+                    if left > 0 {
+                        return Ok(());
+                    }
+                    let op = Op::Landed { offset: write.offset, fua: write.fua };
+                    guard.submit(now, op, write.done(&self.front), out);
+                    write.landing = None;
+                    write.offset = write.offset.saturating_add(piece);
+                    write.left -= piece;
+                    if write.left > 0 {
+                        continue;
+                    }
+                } else if write.refused.is_some() {
                     let skipped = write.left.min(available as u64);
                     self.at += skipped as usize;
                     write.left -= skipped;
@@ -379,14 +447,17 @@ impl FrontReader {
                     }
                 } else {
                     if (available as u64) < piece {
+                        if piece >= LAND && guard.land(write.offset, piece) {
+                            let data = &self.bytes[self.at..self.filled];
+                            guard.landing_room()[..available].copy_from_slice(data);
+                            write.landing = guard.landed(available);
+                            self.at = self.filled;
+                        }
                         return Ok(());
                     }
                     let data = &self.bytes[self.at..self.at + piece as usize];
-                    let done = match &write.joint {
-                        Some(joint) => joint.piece(0),
-                        None => answer(&self.front, write.cookie, write.cost),
-                    };
-                    guard.submit(now, Op::Write { offset: write.offset, data, fua: write.fua }, done, out);
+                    let op = Op::Write { offset: write.offset, data, fua: write.fua };
+                    guard.submit(now, op, write.done(&self.front), out);
                     self.at += piece as usize;
                     write.offset = write.offset.saturating_add(piece);
                     write.left -= piece;
@@ -433,7 +504,8 @@ impl FrontReader {
                     let joint = (refused.is_none() && left > limit).then(|| {
                         Joint::new(left.div_ceil(limit) as usize, 0, answer(&self.front, cookie, cost))
                     });
-                    self.write = Some(Writing { cookie, offset, left, fua, cost, refused, joint });
+                    self.write =
+                        Some(Writing { cookie, offset, left, fua, cost, refused, joint, landing: None });
                     continue;
                 }
                 (_, Some(errno)) => {
@@ -449,6 +521,16 @@ impl FrontReader {
             };
             shared.submit_pieces(guard, now, op, answer(&self.front, cookie, cost), out);
         }
+    }
+}
+
+/// What a receive gave; none when nothing is there.
+fn received(n: nix::Result<usize>) -> Result<Option<usize>, String> {
+    match n {
+        Ok(0) => Err("the kernel has closed its socket".into()),
+        Ok(n) => Ok(Some(n)),
+        Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(None),
+        Err(e) => Err(format!("cannot receive from the kernel: {e}")),
     }
 }
 

@@ -459,8 +459,17 @@ impl DataPath {
         shared.act(out);
     }
 
-    /// Makes everything durable that was answered before. Waits for as long as the server is away.
+    /// The server may have got writes by another way: the next flush goes to it, also when the log knows of nothing.
+    pub fn distrust(&self) {
+        if let Some(guard) = self.shared.state().guard.as_mut() {
+            guard.distrust();
+        }
+    }
+
+    /// Makes everything durable that was answered before, also what was written on the direct path. Waits for as long
+    /// as the server is away.
     pub fn flush(&self) -> Result<()> {
+        self.distrust();
         let (tell, told) = mpsc::sync_channel(1);
         self.submit(
             Op::Flush,
@@ -731,7 +740,7 @@ impl Shared {
         out: &mut Vec<Action<Completion>>,
     ) {
         let (len, limit) = match op {
-            Op::Flush => (0, 1),
+            Op::Flush | Op::Landed { .. } => (0, 1),
             Op::Read { len, .. } => (u64::from(len), ByteSize::MIB),
             Op::Write { data, .. } => (data.len() as u64, self.max_write()),
             Op::Trim { len, .. } | Op::Zero { len, .. } => (len, MAX_RANGE),
@@ -745,7 +754,7 @@ impl Shared {
         while at < len {
             let n = limit.min(len - at);
             let piece = match op {
-                Op::Flush => op,
+                Op::Flush | Op::Landed { .. } => op,
                 Op::Read { offset, .. } => Op::Read { offset: offset.saturating_add(at), len: n as u32 },
                 Op::Write { offset, data, fua } => Op::Write {
                     offset: offset.saturating_add(at),
@@ -993,6 +1002,8 @@ struct Buffer {
     bytes: Vec<u8>,
     /// What is received and not consumed.
     filled: usize,
+    /// What the reply at its beginning takes, if that is known and it is not whole.
+    need: usize,
 }
 
 impl Receiver {
@@ -1069,6 +1080,7 @@ impl Receiver {
         if let Heard::End(why) = self.fronts[i].event(shared, event.events()) {
             let reader = self.fronts.swap_remove(i);
             shared.front_ended(&reader.front, &why);
+            reader.end(shared);
         }
     }
 
@@ -1087,7 +1099,9 @@ impl Receiver {
         };
         shared.act(out);
         send_gathered();
-        self.fronts.retain(|f| !f.front.is_closed());
+        for reader in self.fronts.extract_if(.., |f| f.front.is_closed()) {
+            reader.end(shared);
+        }
         if idle {
             self.fronts.iter_mut().for_each(FrontReader::shrink);
         }
@@ -1106,12 +1120,17 @@ impl Receiver {
         let i = match self.buffers.iter().position(|b| b.conn == conn.id) {
             Some(i) => i,
             None => {
-                self.buffers.push(Buffer { conn: conn.id, bytes: vec![0; RECEIVE], filled: 0 });
+                self.buffers.push(Buffer { conn: conn.id, bytes: vec![0; RECEIVE], filled: 0, need: 0 });
                 self.buffers.len() - 1
             }
         };
         let buffer = &mut self.buffers[i];
-        let room = &mut buffer.bytes[buffer.filled..];
+        // What comes after a large reply is left for the next time, since it would have to be moved then.
+        let end = match buffer.need {
+            need if need > RECEIVE => buffer.bytes.len().min(need + SimpleReply::LEN),
+            _ => buffer.bytes.len(),
+        };
+        let room = &mut buffer.bytes[buffer.filled..end];
         match nix::sys::socket::recv(conn.stream.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
             Ok(0) => {
                 shared.lost(conn.id, "the server closed the connection");
@@ -1128,7 +1147,7 @@ impl Receiver {
         let mut out = Vec::new();
         let mut inline: Vec<(Completion, std::ops::Range<usize>)> = Vec::with_capacity(32);
         let mut at = 0;
-        let mut need = RECEIVE;
+        let mut need = 0;
         let mut wrong = None;
         let deadline = {
             let mut state = shared.state();
@@ -1166,6 +1185,7 @@ impl Receiver {
         }
         buffer.bytes.copy_within(at..buffer.filled, 0);
         buffer.filled -= at;
+        buffer.need = need;
         if need > buffer.bytes.len() {
             buffer.bytes.resize(need.max(2 * RECEIVE), 0);
         }

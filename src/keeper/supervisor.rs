@@ -459,6 +459,8 @@ impl Supervisor {
         match (alive.pop(), record) {
             (Some(process), Some(record)) if clean && alive.is_empty() => {
                 info!("adopting the running ZeroFS ({})", process.identity());
+                // Clean is also a log that somebody has deleted.
+                self.shared.data.distrust();
                 self.generation += 1;
                 self.watch.begin(self.generation, Some(record.log_offset));
                 self.attend(process)?;

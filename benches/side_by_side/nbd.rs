@@ -1,0 +1,323 @@
+//! The NBD transport beside `nbd-client -connections 4`: one server, one kernel, the same fio jobs in turns. Our guarded
+//! and direct paths, and the FUSE transport for the record. The data path runs in this process, with the sockets, the
+//! flags and the queue settings of a keeper; what this process uses of the processor is its price.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{UsageWho, getrusage};
+use zerofsctl::host::nbd::{self, netlink, sysfs};
+use zerofsctl::keeper::control::NbdPath;
+use zerofsctl::keeper::device::{GUARDED_SOCKETS, direct_socket, queue, server_flags, sockets_of};
+use zerofsctl::keeper::path::DataPath;
+use zerofsctl::zerofs::nbd::{Command, RequestHeader, SimpleReply, TransmissionFlags};
+
+use crate::floor::{Floor, run};
+use crate::support::dir::TestDir;
+use crate::support::fio::FioJob;
+use crate::support::vm::{free_index, require_nbd};
+use crate::support::wait_until;
+use crate::transport::{Keeper, Memory, data_path};
+use crate::{Scale, against_least, head, median, row, say};
+
+const LIMIT: Duration = Duration::from_secs(120);
+/// How many connections nbd-client and the direct path have.
+const CONNECTIONS: usize = 4;
+/// The part of the device that the jobs read and write; written once before, so that reads find data.
+const SPAN: &str = "256m";
+const JOBS: [(&str, &str); 4] = [("4k", "randread"), ("4k", "randwrite"), ("1m", "read"), ("1m", "write")];
+
+/// A way to the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    NbdClient,
+    Guarded,
+    Direct,
+    Fuse,
+}
+
+impl Way {
+    const ALL: [Way; 4] = [Way::NbdClient, Way::Guarded, Way::Direct, Way::Fuse];
+}
+
+/// What one way did in all of its turns, by job.
+#[derive(Default, Clone)]
+struct Figures {
+    /// Requests per second.
+    iops: [Vec<f64>; JOBS.len()],
+    /// Microseconds of this process per request.
+    cpu: [Vec<f64>; JOBS.len()],
+}
+
+/// Both servers, two tables each.
+pub fn compare(scale: &Scale) {
+    require_nbd();
+    let memory = TestDir::new();
+    let server = Memory::serve(memory.path());
+    on_one(scale, "nbdkit memory", memory.path());
+    drop(server);
+    let zerofs = TestDir::new();
+    let floor = Floor::new(zerofs.path(), 1 << 30);
+    let server = floor.start_server();
+    floor.ensure_disk();
+    on_one(scale, "ZeroFS, local store", zerofs.path());
+    drop(server);
+}
+
+fn on_one(scale: &Scale, server: &str, dir: &Path) {
+    let mut figures = vec![Figures::default(); Way::ALL.len()];
+    for turn in 0..scale.rounds {
+        // Everybody is once the first after somebody else.
+        for n in 0..Way::ALL.len() {
+            let n = (n + turn) % Way::ALL.len();
+            say(format!("{server}, turn {} of {}, {:?}", turn + 1, scale.rounds, Way::ALL[n]));
+            let attached = Attached::new(Way::ALL[n], dir);
+            if turn == 0 && figures.iter().all(|f| f.iops[0].is_empty()) {
+                fill(dir, &attached.device());
+            }
+            for (i, job) in JOBS.iter().enumerate() {
+                let (iops, cpu) = measure(scale, dir, &attached.device(), job);
+                figures[n].iops[i].push(iops);
+                figures[n].cpu[i].push(cpu);
+            }
+        }
+    }
+    println!(
+        "### {server}: fio, direct, 4k with 32 in flight, 1m with {}, {} s, {SPAN}; medians of {} turns each\n",
+        scale.depth, scale.seconds, scale.rounds
+    );
+    head(&["job", "nbd-client -connections 4", "guarded", "ratio", "direct", "ratio", "fuse", "ratio"]);
+    for (i, (size, pattern)) in JOBS.iter().enumerate() {
+        let of = |way: usize| median(&figures[way].iops[i]);
+        let show =
+            |iops: f64| if *size == "4k" { format!("{iops:.0} IOPS") } else { format!("{iops:.0} MiB/s") };
+        // Turn by turn, so that a moment in which the machine is slow for one of the two counts once.
+        let ratio = |way: usize| {
+            let turns: Vec<_> =
+                figures[way].iops[i].iter().zip(&figures[0].iops[i]).map(|(a, b)| a / b).collect();
+            median(&turns)
+        };
+        row([
+            format!("{pattern} {size}"),
+            show(of(0)),
+            show(of(1)),
+            against_least(ratio(1), 0.9),
+            show(of(2)),
+            against_least(ratio(2), 1.0),
+            show(of(3)),
+            format!("{:.3}", ratio(3)),
+        ]);
+    }
+    println!();
+    head(&["the keeper's processor time per request, µs", "guarded", "fuse"]);
+    for (i, (size, pattern)) in JOBS.iter().enumerate() {
+        let of = |way: usize| format!("{:.1}", median(&figures[way].cpu[i]));
+        row([format!("{pattern} {size}"), of(1), of(3)]);
+    }
+    println!();
+}
+
+fn fill(dir: &Path, device: &Path) {
+    let job = FioJob::new(dir, "fill").set("filename", device.display()).set("ioengine", "libaio");
+    job.set("direct", 1)
+        .set("iodepth", 4)
+        .set("size", SPAN)
+        .set("rw", "write")
+        .set("bs", "1m")
+        .set("end_fsync", 1)
+        .run(LIMIT)
+        .assert_clean();
+}
+
+/// Requests per second, and microseconds of this process per request.
+fn measure(scale: &Scale, dir: &Path, device: &Path, (size, pattern): &(&str, &str)) -> (f64, f64) {
+    let before = own_ticks();
+    let report = FioJob::new(dir, pattern)
+        .set("filename", device.display())
+        .set("ioengine", "libaio")
+        .set("direct", 1)
+        .set("iodepth", if *size == "4k" { 32 } else { scale.depth })
+        .set("size", SPAN)
+        .set("rw", pattern)
+        .set("bs", size)
+        .set("time_based", 1)
+        .set("runtime", scale.seconds)
+        .set("randrepeat", 0)
+        .run(LIMIT + Duration::from_secs(scale.seconds));
+    report.assert_clean();
+    let micros = (own_ticks() - before) as f64 * 10_000.0;
+    let ios = report.reads.ios + report.writes.ios;
+    (report.reads.iops + report.writes.iops, micros / ios as f64)
+}
+
+/// What this process has used of the processor, in hundredths of a second: utime and stime.
+fn own_ticks() -> u64 {
+    let stat = fs::read_to_string("/proc/self/stat").expect("/proc is mounted");
+    let fields: Vec<_> = stat.rsplit_once(") ").expect("a name in brackets").1.split(' ').collect();
+    let number = |n: usize| fields[n].parse::<u64>().expect("a number");
+    number(11) + number(12)
+}
+
+/// The server's export as a block device.
+enum Attached {
+    Fuse(Keeper),
+    Kernel {
+        index: u32,
+        /// The guarded path.
+        data: Option<Arc<DataPath>>,
+    },
+}
+
+impl Attached {
+    fn new(way: Way, dir: &Path) -> Attached {
+        match way {
+            Way::Fuse => Attached::Fuse(Keeper::attach(dir)),
+            Way::NbdClient => Attached::Kernel { index: by_nbd_client(dir), data: None },
+            Way::Guarded => {
+                let data = data_path(dir);
+                let flags = data.flags().expect("a server is up");
+                let sockets = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made");
+                let index = connect(NbdPath::Guarded, &sockets, flags, data.size());
+                Attached::Kernel { index, data: Some(data) }
+            }
+            Way::Direct => {
+                let one = || direct_socket(dir, "disk").expect("the server answers");
+                let (sockets, mut exports): (Vec<_>, Vec<_>) = (0..CONNECTIONS).map(|_| one()).unzip();
+                let export = exports.pop().expect("there are several");
+                let index = connect(NbdPath::Direct, &sockets, export.flags, export.size);
+                Attached::Kernel { index, data: None }
+            }
+        }
+    }
+
+    fn device(&self) -> PathBuf {
+        match self {
+            Attached::Fuse(keeper) => keeper.device.clone(),
+            Attached::Kernel { index, .. } => sysfs::path(*index),
+        }
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        if let Attached::Kernel { index, data } = self {
+            nbd::disconnect_and_wait(*index, LIMIT).expect("the kernel lets go of the device");
+            if let Some(data) = data {
+                data.close_nbd();
+                data.flush().expect("the server answers");
+                data.server_down();
+            }
+        }
+    }
+}
+
+fn connect(path: NbdPath, sockets: &[UnixStream], flags: TransmissionFlags, size: u64) -> u32 {
+    let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+    let index = netlink::connect(&netlink::Connect {
+        index: None,
+        size,
+        block_size: 512,
+        server_flags: server_flags(flags, path, false),
+        client_flags: 0,
+        dead_conn_timeout: Duration::from_secs(600),
+        backend: "",
+        sockets: &sockets,
+    })
+    .expect("the kernel connects a device");
+    sysfs::set_queue(index, &queue(path)).expect("a queue can be set");
+    index
+}
+
+fn by_nbd_client(dir: &Path) -> u32 {
+    let index = free_index();
+    let socket = dir.join("nbd.sock");
+    let device = sysfs::path(index);
+    let connections = CONNECTIONS.to_string();
+    let args: [&std::ffi::OsStr; 7] = [
+        "-N".as_ref(),
+        "disk".as_ref(),
+        "-unix".as_ref(),
+        socket.as_ref(),
+        device.as_ref(),
+        "-connections".as_ref(),
+        connections.as_ref(),
+    ];
+    run("nbd-client", &args);
+    let connected = || sysfs::one(index).ok().flatten().is_some_and(|d| d.size.0 != 0);
+    wait_until("nbd-client's device has its size", LIMIT, connected);
+    index
+}
+
+/// The guarded path alone, without a device: this process plays the kernel on one socket, nbdkit is the server. It needs
+/// no module, and what is measured, the keeper's processor time, hardly depends on what else the machine does.
+pub fn wire(scale: &Scale) {
+    let dir = TestDir::new();
+    let server = Memory::serve(dir.path());
+    let data = data_path(dir.path());
+    let mut kernel = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made").remove(0);
+    println!(
+        "### The guarded path without a device: a socket and nbdkit memory; median of {} turns each\n",
+        scale.rounds
+    );
+    head(&["job", "the keeper's processor time per request, µs", "requests per second"]);
+    for (name, command, len, depth, count) in [
+        ("write 4k", Command::Write, 4 << 10, 32, 30_000),
+        ("read 4k", Command::Read, 4 << 10, 32, 30_000),
+        ("write 1m", Command::Write, 1 << 20, scale.depth, 1_000),
+        ("read 1m", Command::Read, 1 << 20, scale.depth, 1_000),
+    ] {
+        let (mut cpu, mut rate) = (Vec::new(), Vec::new());
+        for _ in 0..scale.rounds {
+            let began = Instant::now();
+            let before = (used(UsageWho::RUSAGE_SELF), used(UsageWho::RUSAGE_THREAD));
+            play(&mut kernel, command, len, depth, count);
+            let all = used(UsageWho::RUSAGE_SELF) - before.0;
+            let own = used(UsageWho::RUSAGE_THREAD) - before.1;
+            cpu.push((all - own) / count as f64);
+            rate.push(count as f64 / began.elapsed().as_secs_f64());
+        }
+        row([name.to_owned(), format!("{:.1}", median(&cpu)), format!("{:.0}", median(&rate))]);
+    }
+    println!();
+    data.close_nbd();
+    data.flush().expect("nbdkit answers");
+    data.server_down();
+    drop(server);
+}
+
+/// So many requests, with up to `depth` in flight.
+fn play(kernel: &mut UnixStream, command: Command, len: u32, depth: usize, count: usize) {
+    let payload = vec![0x5a; len as usize];
+    let mut reply = vec![0; SimpleReply::LEN + len as usize];
+    if command == Command::Write {
+        reply.truncate(SimpleReply::LEN);
+    }
+    let (mut sent, mut answered) = (0, 0);
+    while answered < count {
+        while sent < count && sent - answered < depth {
+            let offset = (sent as u64 * u64::from(len)) % (256 << 20);
+            let header = RequestHeader { flags: 0, command, cookie: sent as u64, offset, len }.encode();
+            kernel.write_all(&header).expect("the keeper takes a request");
+            if command == Command::Write {
+                kernel.write_all(&payload).expect("the keeper takes a request");
+            }
+            sent += 1;
+        }
+        kernel.read_exact(&mut reply).expect("the keeper answers");
+        let header = reply.first_chunk().expect("a reply has a header");
+        assert_eq!(SimpleReply::decode(header).map(|r| r.error).ok(), Some(0));
+        answered += 1;
+    }
+}
+
+/// Microseconds of the processor.
+fn used(who: UsageWho) -> f64 {
+    let usage = getrusage(who).expect("a process can be asked");
+    let micros = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 * 1e6 + t.tv_usec() as f64;
+    micros(usage.user_time()) + micros(usage.system_time())
+}
