@@ -94,6 +94,8 @@ pub struct FakeHost {
     instants: RefCell<u64>,
     kill_at: RefCell<Option<u64>>,
     fail_at: RefCell<Option<u64>>,
+    /// Where the volumes' locks are, if a test cares.
+    run_dir: RefCell<Option<PathBuf>>,
 }
 
 impl FakeHost {
@@ -107,6 +109,19 @@ impl FakeHost {
         let host = Self::default();
         host.world.borrow_mut().nbd_works = true;
         host
+    }
+
+    /// From now on panics when the next keeper is started for a device without the volume's lock in this run folder: a
+    /// collector of leaks must never meet one that is on its way.
+    pub fn watch_locks(&self, run_dir: &Path) {
+        *self.run_dir.borrow_mut() = Some(run_dir.to_owned());
+    }
+
+    fn require_lock(&self, volume: &VolumeId) {
+        if let Some(run_dir) = &*self.run_dir.borrow() {
+            let holder = crate::journal::holder(run_dir, volume);
+            assert_eq!(holder, Some(std::process::id() as i32), "a take-over without the volume's lock");
+        }
     }
 
     /// Dies at the `n`th instant from now: even numbers before a change, odd ones after it.
@@ -622,7 +637,8 @@ impl Host for FakeHost {
         })
     }
 
-    fn take_over(&self, _: &VolumeId) -> Result<()> {
+    fn take_over(&self, volume: &VolumeId) -> Result<()> {
+        self.require_lock(volume);
         assert_eq!(self.life(), Life::Waiting, "only a device that waits is taken over");
         if !self.world.borrow().keeper {
             self.change(|w| {
@@ -642,7 +658,10 @@ impl Host for FakeHost {
         self.change(|w| {
             w.served = true;
             Ok(())
-        })
+        })?;
+        // Up to here, since only now the device is served again.
+        self.require_lock(volume);
+        Ok(())
     }
 
     fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
