@@ -40,7 +40,9 @@ impl Machine {
     fn new(made: Made) -> Self {
         // Every case writes and syncs a journal: memory keeps that quick.
         let run_dir = tempfile::Builder::new().prefix("crash").tempdir_in("/dev/shm").unwrap();
-        Machine { host: FakeHost::with_nbd(), run_dir, made }
+        let host = FakeHost::with_nbd();
+        host.watch_locks(run_dir.path());
+        Machine { host, run_dir, made }
     }
 
     fn engine(&self) -> Engine<'_> {

@@ -96,6 +96,8 @@ pub struct FakeHost {
     instants: RefCell<u64>,
     kill_at: RefCell<Option<u64>>,
     fail_at: RefCell<Option<u64>>,
+    /// Where the volumes' locks are, if a test cares.
+    run_dir: RefCell<Option<PathBuf>>,
 }
 
 impl FakeHost {
@@ -119,6 +121,19 @@ impl FakeHost {
             Some(record) if !record.owned => record.capacity = record.capacity.max(capacity),
             Some(_) => {}
             None => w.record = Some(Record { capacity, fs, content, epoch, owned: false }),
+        }
+    }
+
+    /// From now on panics when the next keeper is started for a device without the volume's lock in this run folder: a
+    /// collector of leaks must never meet one that is on its way.
+    pub fn watch_locks(&self, run_dir: &Path) {
+        *self.run_dir.borrow_mut() = Some(run_dir.to_owned());
+    }
+
+    fn require_lock(&self, volume: &VolumeId) {
+        if let Some(run_dir) = &*self.run_dir.borrow() {
+            let holder = crate::journal::holder(run_dir, volume);
+            assert_eq!(holder, Some(std::process::id() as i32), "a take-over without the volume's lock");
         }
     }
 
@@ -663,7 +678,8 @@ impl Host for FakeHost {
         })
     }
 
-    fn take_over(&self, _: &VolumeId) -> Result<()> {
+    fn take_over(&self, volume: &VolumeId) -> Result<()> {
+        self.require_lock(volume);
         assert_eq!(self.life(), Life::Waiting, "only a device that waits is taken over");
         if !self.world.borrow().keeper {
             self.change(|w| {
@@ -683,7 +699,10 @@ impl Host for FakeHost {
         self.change(|w| {
             w.served = true;
             Ok(())
-        })
+        })?;
+        // Up to here, since only now the device is served again.
+        self.require_lock(volume);
+        Ok(())
     }
 
     fn let_fail(&self, _: &VolumeId) -> Result<()> {
