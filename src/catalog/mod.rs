@@ -7,8 +7,13 @@
 //! [`open`] picks the store; both kinds pass one contract test (`tests/catalog.rs`).
 
 mod local;
+mod objects;
+mod objects_local;
+mod objects_s3;
+mod pace;
 mod record;
 mod s3;
+mod tombstone;
 mod url;
 
 use rand::TryRngCore;
@@ -18,10 +23,14 @@ use crate::settings::S3Settings;
 use crate::values::VolumeId;
 
 pub use local::LocalCatalog;
+pub use objects::{Below, MAX_BATCH, Object, Objects, Page, Upload};
+pub use objects_local::LocalObjects;
+pub use objects_s3::S3Objects;
 pub use record::{
     Claim, ClaimOptions, ClaimedAs, Content, FORMAT, Owner, Relation, Release, State, VolumeRecord,
 };
 pub use s3::S3Catalog;
+pub use tombstone::{MarkedBy, Sweeper, Tombstone};
 pub use url::{Scheme, StorageUrl};
 
 /// The folder of the store that holds what is ours. No volume can have this name.
@@ -38,6 +47,14 @@ pub fn open(url: &StorageUrl, s3: &S3Settings) -> Result<Box<dyn Catalog>> {
     Ok(match url.scheme() {
         Scheme::File(_) => Box::new(LocalCatalog::new(url.clone())?),
         Scheme::S3 { .. } => Box::new(S3Catalog::new(url.clone(), s3)?),
+    })
+}
+
+/// Opens the objects of the store at `url`, for the collector.
+pub fn objects(url: &StorageUrl, s3: &S3Settings) -> Result<Box<dyn Objects>> {
+    Ok(match url.scheme() {
+        Scheme::File(_) => Box::new(LocalObjects::new(url)?),
+        Scheme::S3 { .. } => Box::new(S3Objects::new(url.clone(), s3)?),
     })
 }
 
@@ -120,7 +137,7 @@ pub trait Catalog: Send + Sync {
 
 /// Judges the names directly under a volume's prefix; folders end with a slash. ZeroFS marks win over strange
 /// names, since a later version may write names that we do not know.
-fn judge<'a>(names: impl IntoIterator<Item = &'a str>) -> DataPrefix {
+pub(crate) fn judge<'a>(names: impl IntoIterator<Item = &'a str>) -> DataPrefix {
     let (mut old, mut new, mut probe, mut foreign) = (false, false, false, None);
     for name in names {
         match name {
@@ -141,7 +158,7 @@ fn judge<'a>(names: impl IntoIterator<Item = &'a str>) -> DataPrefix {
 }
 
 /// The volume of a record's file name; an error item for the listing when it is not one.
-fn id_of(name: &str) -> Result<VolumeId> {
+pub(crate) fn id_of(name: &str) -> Result<VolumeId> {
     name.strip_suffix(".json").and_then(|id| id.parse().ok()).ok_or_else(|| {
         let shown: String = name.chars().take(80).flat_map(char::escape_debug).collect();
         Error::refused(format!("the catalog contains {shown:?}, which is not the name of a record"))
@@ -150,7 +167,7 @@ fn id_of(name: &str) -> Result<VolumeId> {
 }
 
 /// Makes a write distinct from every other.
-fn nonce() -> Result<String> {
+pub(crate) fn nonce() -> Result<String> {
     let number = rand::rngs::OsRng
         .try_next_u64()
         .map_err(|e| Error::environment(format!("the kernel gives no random numbers: {e}")))?;
