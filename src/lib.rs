@@ -62,6 +62,7 @@
 pub mod cli;
 pub mod report;
 
+pub mod gc;
 pub mod ops;
 pub mod run;
 pub mod journal;

@@ -135,6 +135,13 @@ pub trait Catalog: Send + Sync {
     fn data_prefix(&self, id: &VolumeId) -> Result<DataPrefix>;
 }
 
+/// Whether ZeroFS makes this name directly under a volume's prefix; folders end with a slash.
+pub(crate) fn is_of_zerofs(name: &str) -> bool {
+    matches!(name, "zerofs.key" | "segments/" | "compactions/" | "gc/" | "wal/" | "manifest/" | "compacted/")
+        || name == ".zerofs_bucket_id"
+        || name.starts_with(".zerofs_compatibility_test_")
+}
+
 /// Judges the names directly under a volume's prefix; folders end with a slash. ZeroFS marks win over strange
 /// names, since a later version may write names that we do not know.
 pub(crate) fn judge<'a>(names: impl IntoIterator<Item = &'a str>) -> DataPrefix {

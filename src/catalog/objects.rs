@@ -103,6 +103,9 @@ pub trait Objects: Send + Sync {
     /// Removes what a store keeps besides objects, such as empty folders. Only for a volume without objects.
     fn tidy(&self, volume: &VolumeId) -> Result<()>;
 
+    /// When the record of a volume was last written; none without one.
+    fn record_written(&self, volume: &VolumeId) -> Result<Option<Timestamp>>;
+
     /// Whether deleted objects stay as old versions; none when the server does not tell.
     fn keeps_versions(&self) -> Result<Option<bool>>;
 

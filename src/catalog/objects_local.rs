@@ -163,6 +163,15 @@ impl Objects for LocalObjects {
         }
     }
 
+    fn record_written(&self, volume: &VolumeId) -> Result<Option<Timestamp>> {
+        let path = self.root.join(super::key(volume));
+        match fs::symlink_metadata(&path).and_then(|m| m.modified()) {
+            Ok(time) => Ok(Some(Timestamp::try_from(time).unwrap_or(Timestamp::MAX))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).doing("examine", &path),
+        }
+    }
+
     fn keeps_versions(&self) -> Result<Option<bool>> {
         Ok(Some(false))
     }

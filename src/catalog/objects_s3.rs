@@ -187,10 +187,10 @@ fn no_sense(what: &str) -> Error {
         .hint("check that awsEndpoint is an S3 server")
 }
 
-impl Objects for S3Objects {
-    fn page(&self, below: &Below, folders: bool, next: Option<&str>) -> Result<Page> {
+impl S3Objects {
+    fn list(&self, below: &str, folders: bool, next: Option<&str>) -> Result<Page> {
         let what = "list";
-        let prefix = self.client.full_key(below.as_str());
+        let prefix = self.client.full_key(below);
         let mut query = Vec::new();
         // In the order of their names, as the signature wants them.
         query.extend(next.map(|token| ("continuation-token", token)));
@@ -202,7 +202,7 @@ impl Objects for S3Objects {
             let key = element(object, "Key").and_then(|k| decoded(&k)).ok_or_else(|| no_sense(what))?;
             let key = self.relative(what, &key)?;
             // A console may have made an empty object for the folder itself: it is nobody's data.
-            if key == below.as_str() && folders {
+            if key == below && folders {
                 continue;
             }
             let size = element(object, "Size").and_then(|s| s.parse().ok()).ok_or_else(|| no_sense(what))?;
@@ -226,6 +226,13 @@ impl Objects for S3Objects {
         }
     }
 
+}
+
+impl Objects for S3Objects {
+    fn page(&self, below: &Below, folders: bool, next: Option<&str>) -> Result<Page> {
+        self.list(below.as_str(), folders, next)
+    }
+
     fn delete(&self, volume: &VolumeId, keys: &[String]) -> Result<Vec<(String, Error)>> {
         only_of(volume, keys.iter().map(String::as_str))?;
         debug_assert!(keys.len() <= MAX_BATCH);
@@ -237,7 +244,7 @@ impl Objects for S3Objects {
                 Err(e) => failed.push((key.clone(), e)),
             }
         }
-        let refusals = self.patiently(|| {
+        let refusals: Vec<(usize, object_store::Error)> = self.patiently(|| {
             let what = "delete objects";
             let batch: Vec<_> = paths.iter().cloned().map(Ok).collect();
             // Every result in its turn: the stream goes on after the error of one object.
@@ -254,7 +261,7 @@ impl Objects for S3Objects {
             Ok(results.into_iter().enumerate().filter_map(|(n, r)| Some((n, r.err()?))).collect())
         })?;
         for (n, e) in refusals {
-            let Some(path) = paths.get(n) else { continue };
+            let Some(path): Option<&Path> = paths.get(n) else { continue };
             let key = self.relative("delete objects", path.as_ref())?;
             if !says(&e, &["NoSuchKey"]) {
                 failed.push((key, refusal_of_one(&e)));
@@ -323,6 +330,14 @@ impl Objects for S3Objects {
 
     fn tidy(&self, _: &VolumeId) -> Result<()> {
         Ok(())
+    }
+
+    fn record_written(&self, volume: &VolumeId) -> Result<Option<Timestamp>> {
+        // By a listing, since that has the server's time and an answer of its own for "none". The key may be the
+        // beginning of others, but comes before them.
+        let key = super::key(volume);
+        let page = self.list(&key, false, None)?;
+        Ok(page.objects.into_iter().find(|o| o.key == key).map(|o| o.modified))
     }
 
     fn keeps_versions(&self) -> Result<Option<bool>> {
