@@ -63,6 +63,14 @@ pub fn objects(url: &StorageUrl, s3: &S3Settings) -> Result<Box<dyn Objects>> {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tag(pub(crate) String);
 
+impl Tag {
+    /// A tag of a catalog that is made for tests.
+    #[doc(hidden)]
+    pub fn of_model(text: String) -> Tag {
+        Tag(text)
+    }
+}
+
 impl std::fmt::Debug for Tag {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // The tag of a local record is its whole text.
