@@ -75,8 +75,8 @@ struct World {
     happened: Option<bool>,
     /// The operator named them, or DeleteVolume did.
     given_up: BTreeSet<VolumeId>,
-    /// Whose DeleteVolume is at work: an attach in between is not its end.
-    owner_deletes: Option<VolumeId>,
+    /// Whose DeleteVolume or naming is at work: an attach before it has looked is not its end.
+    at_work: BTreeSet<VolumeId>,
     /// Volumes whose deletion began rightly.
     doomed: BTreeSet<VolumeId>,
     /// Random events at requests.
@@ -201,14 +201,14 @@ impl World {
     }
 
     fn wanted(&mut self, volume: &VolumeId) {
-        if self.owner_deletes.as_ref() != Some(volume) {
+        if !self.at_work.contains(volume) {
             self.given_up.remove(volume);
         }
     }
 
     /// A word that left no mark counts no longer.
     fn forget_words(&mut self) {
-        self.owner_deletes = None;
+        self.at_work.clear();
         let records = &self.bucket.records;
         self.given_up.retain(|v| {
             records.get(v).is_some_and(|(r, ..)| r.state == State::Deleting || r.mark().is_some_and(|m| m.by != MarkedBy::Scan))
@@ -535,7 +535,7 @@ fn world(seed: u64) -> Model {
         event: None,
         happened: None,
         given_up: BTreeSet::new(),
-        owner_deletes: None,
+        at_work: BTreeSet::new(),
         doomed: BTreeSet::new(),
         restless: false,
         grace: GRACE,
@@ -678,13 +678,17 @@ fn case(seed: u64) {
             if grace.is_none() {
                 model.world().grace = 0;
             }
-            model.world().owner_deletes = Some(volume.clone());
+            model.world().at_work.insert(volume.clone());
             let _ = gc::delete_volume(&model, &model, volume, &own);
             let mut w = model.world();
             w.grace = GRACE;
             let named = named.iter().cloned().collect::<Vec<_>>();
             w.forget_words();
             w.given_up.extend(named);
+        }
+        {
+            let mut w = model.world();
+            w.at_work.extend(named.iter().cloned());
         }
         let mut options = options(limit);
         options.named.extend(named);

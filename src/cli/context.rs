@@ -143,6 +143,16 @@ impl Context {
         Context { global, cwd, progress, trial: false }
     }
 
+    /// From here on a first Ctrl-C ends the work at the next safe place; a second one kills.
+    pub fn catch_signals(&self) {
+        catch_signals();
+    }
+
+    /// Whether standard error is to be JSON lines.
+    pub fn json_log(&self) -> bool {
+        self.global.log_format == super::LogFormat::Json
+    }
+
     /// What takes a plan through, with its progress shown. From here on a first Ctrl-C waits for the step at hand.
     pub fn engine<'a>(&'a self, host: &'a LinuxHost) -> Engine<'a> {
         catch_signals();

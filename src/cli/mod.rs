@@ -15,6 +15,7 @@ mod context;
 mod demo;
 mod detach;
 mod fsck;
+mod gc;
 mod generate;
 mod keeper;
 mod list;
@@ -22,6 +23,7 @@ mod progress;
 mod recover;
 mod resize;
 mod show;
+mod volume;
 mod zerofs;
 
 pub use context::Context;
@@ -130,6 +132,9 @@ enum Command {
     Resize(resize::ResizeArgs),
     Fsck(fsck::FsckArgs),
     Recover(recover::RecoverArgs),
+    #[command(name = "gc-s3")]
+    Gc(gc::GcArgs),
+    Volume(volume::VolumeArgs),
     Zerofs(zerofs::ZerofsArgs),
     Demo(demo::DemoArgs),
     #[command(hide = true)]
@@ -204,6 +209,8 @@ fn run(command: Command, context: &Context) -> Result<Report> {
         Command::Resize(args) => resize::run(&args, context),
         Command::Fsck(args) => fsck::run(&args, context),
         Command::Recover(args) => recover::run(&args, context),
+        Command::Gc(args) => gc::run(&args, context),
+        Command::Volume(args) => volume::run(&args, context),
         Command::Zerofs(args) => zerofs::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
         Command::Generate(args) => generate::run(&args),

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::journal::Outcome;
 use crate::run::{Preview, RunReport, Would};
 
+pub mod gc;
 pub mod operation;
 pub mod volume;
 
