@@ -12,6 +12,7 @@ pub mod http;
 pub mod keeper;
 pub mod moto;
 pub mod proxy;
+pub mod script;
 pub mod zerofs;
 
 use std::path::{Path, PathBuf};
