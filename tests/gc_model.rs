@@ -17,13 +17,13 @@ use jiff::{SignedDuration, Timestamp};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use zerofsctl::catalog::{
-    Below, Catalog, ClaimOptions, DataPrefix, MAX_BATCH, MarkedBy, Object, Objects, Owner, Page, State, StorageUrl,
-    Tag, Upload, VolumeRecord, Written,
+    Below, Catalog, ClaimOptions, DataPrefix, MAX_BATCH, MarkedBy, Object, Objects, Owner, Page, State,
+    StorageUrl, Tag, Upload, VolumeRecord, Written,
 };
 use zerofsctl::error::{Error, Kind, Result};
 use zerofsctl::gc::{
-    self, Collector, DeleteOptions, Deletion, Limit, Options, Outcome, Patience, Reference, ReferenceKind, Testimony,
-    Unwatched, Verdict, Witness,
+    self, Collector, DeleteOptions, Deletion, Limit, Options, Outcome, Patience, Reference, ReferenceKind,
+    Testimony, Unwatched, Verdict, Witness,
 };
 use zerofsctl::values::{ByteSize, VolumeId};
 
@@ -211,7 +211,9 @@ impl World {
         self.at_work.clear();
         let records = &self.bucket.records;
         self.given_up.retain(|v| {
-            records.get(v).is_some_and(|(r, ..)| r.state == State::Deleting || r.mark().is_some_and(|m| m.by != MarkedBy::Scan))
+            records.get(v).is_some_and(|(r, ..)| {
+                r.state == State::Deleting || r.mark().is_some_and(|m| m.by != MarkedBy::Scan)
+            })
         });
     }
 
@@ -254,7 +256,8 @@ impl World {
         assert!(before.owner.is_none(), "attached: {history}");
         assert!(self.is_orphan(before) || self.given_up.contains(volume), "not an orphan: {history}");
         assert!(
-            !self.cluster_of(before).is_some_and(|c| c.volumes.contains_key(volume)) || self.given_up.contains(volume),
+            !self.cluster_of(before).is_some_and(|c| c.volumes.contains_key(volume))
+                || self.given_up.contains(volume),
             "a PersistentVolume refers to it: {history}"
         );
         if let Some(mark) = &before.tombstone {
@@ -351,7 +354,10 @@ impl Catalog for Model {
                 let below = format!("{id}/");
                 let left = w.bucket.objects.keys().find(|k| k.starts_with(&below));
                 assert!(left.is_none(), "the record goes before {left:?}");
-                assert!(!w.bucket.uploads.keys().any(|k| k.starts_with(&below)), "the record goes before an upload");
+                assert!(
+                    !w.bucket.uploads.keys().any(|k| k.starts_with(&below)),
+                    "the record goes before an upload"
+                );
             }
             Some(other) => panic!("the record of a volume that is {other:?} was to be removed"),
         }
@@ -381,7 +387,8 @@ impl Objects for Model {
             Fate::Stale => &w.earlier,
             _ => return Err(failed("list")),
         };
-        let records = from.records.iter().map(|(id, (.., at))| (format!(".zerofsctl/volumes/{id}.json"), *at));
+        let records =
+            from.records.iter().map(|(id, (.., at))| (format!(".zerofsctl/volumes/{id}.json"), *at));
         let all: BTreeMap<String, i64> =
             from.objects.iter().map(|(k, t)| (k.clone(), *t)).chain(records).collect();
         let mut page = Page::default();
@@ -495,7 +502,11 @@ impl Api<'_> {
             kind: if retained { ReferenceKind::RetainedVolume } else { ReferenceKind::PersistentVolume },
             name: format!("pv in {}", self.cluster),
         };
-        Ok(w.clusters[&self.cluster].volumes.iter().map(|(v, kept)| (v.clone(), vec![reference(*kept)])).collect())
+        Ok(w.clusters[&self.cluster]
+            .volumes
+            .iter()
+            .map(|(v, kept)| (v.clone(), vec![reference(*kept)]))
+            .collect())
     }
 }
 
@@ -545,7 +556,12 @@ fn world(seed: u64) -> Model {
         // Names that begin like each other.
         let volume = id(&format!("vol{}", [1, 10, 100, 11, 2, 20, 21, 3, 30][n]));
         let old = now - w.rng.random_range(4000..200_000);
-        let kinds = ["manifest/000001.manifest", "manifest/000002.manifest", "compacted/01A.sst", ".zerofs_bucket_id"];
+        let kinds = [
+            "manifest/000001.manifest",
+            "manifest/000002.manifest",
+            "compacted/01A.sst",
+            ".zerofs_bucket_id",
+        ];
         for kind in &kinds[..w.rng.random_range(1..=kinds.len())] {
             w.bucket.objects.insert(format!("{volume}/{kind}"), old);
         }
@@ -651,8 +667,12 @@ fn case(seed: u64) {
             // Claims come and go, and PersistentVolumes with them.
             for _ in 0..w.rng.random_range(0..3) {
                 let cluster = ["c-1", "c-2"][w.rng.random_range(0..2)];
-                let volumes: Vec<VolumeId> =
-                    w.clusters[cluster].volumes.keys().filter(|v| !v.as_str().starts_with("kept")).cloned().collect();
+                let volumes: Vec<VolumeId> = w.clusters[cluster]
+                    .volumes
+                    .keys()
+                    .filter(|v| !v.as_str().starts_with("kept"))
+                    .cloned()
+                    .collect();
                 if let Some(volume) = pick(&mut w.rng, &volumes) {
                     w.clusters.get_mut(cluster).unwrap().volumes.remove(&volume);
                 }
@@ -726,7 +746,8 @@ fn settle(model: &Model) {
         let asked = record.cluster.as_deref() != Some("c-unknown");
         assert!(record.state != State::Deleting, "a deletion was not finished: {record:?}");
         assert!(record.mark().is_none() || !asked, "a mark was neither swept nor taken away: {record:?}");
-        let reachable_orphan = w.is_orphan(record) && record.state == State::Ready && record.cluster.is_some();
+        let reachable_orphan =
+            w.is_orphan(record) && record.state == State::Ready && record.cluster.is_some();
         assert!(!reachable_orphan, "an orphan is left: {record:?}");
     }
     for volume in &w.doomed {
@@ -815,7 +836,10 @@ fn an_attach_or_restore_at_every_point_of_a_sweep_is_whole_or_refused() {
                 Some(false) => {
                     lost += 1;
                     let (_, swept) = swept.expect("a race is no error");
-                    assert!(matches!(swept.volumes[0].1, Outcome::Gone { objects: 8, uploads: 1, .. }), "{swept:?}");
+                    assert!(
+                        matches!(swept.volumes[0].1, Outcome::Gone { objects: 8, uploads: 1, .. }),
+                        "{swept:?}"
+                    );
                     assert!(!w.bucket.records.contains_key(&volume), "{event:?} at {point}");
                 }
                 None => {
@@ -844,7 +868,10 @@ fn a_sweep_that_dies_at_every_point_is_finished_by_the_next() {
             let begun = w.bucket.records.get(&volume).is_some_and(|(r, ..)| r.state == State::Deleting);
             let below = format!("{volume}/");
             let left = w.bucket.objects.keys().filter(|k| k.starts_with(&below)).count();
-            assert!(left == 8 || begun || !w.bucket.records.contains_key(&volume), "{left} objects left at {point}");
+            assert!(
+                left == 8 || begun || !w.bucket.records.contains_key(&volume),
+                "{left} objects left at {point}"
+            );
             if begun {
                 assert!(!w.happen(&volume, Event::Attach), "a half-deleted volume was attached at {point}");
             }
@@ -918,7 +945,9 @@ fn a_plan_that_is_too_large_is_refused_whole() {
     assert_eq!(e.kind(), Kind::Refused, "{e}");
     assert!(e.to_string().contains("30 of 31") && e.to_string().contains("that is 3"), "{e}");
     let w = model.world();
-    assert!(w.doomed.is_empty() && w.bucket.records.values().filter(|(r, ..)| r.mark().is_some()).count() == 1);
+    assert!(
+        w.doomed.is_empty() && w.bucket.records.values().filter(|(r, ..)| r.mark().is_some()).count() == 1
+    );
 }
 
 #[test]
@@ -995,7 +1024,8 @@ fn a_scan_changes_nothing_and_gives_every_volume_a_reason() {
         assert!(scan.volumes.iter().all(|v| !v.judgement.reason.is_empty()));
         for seen in &scan.volumes {
             let record = before.records.get(&seen.volume).map(|(r, ..)| r);
-            let orphan = record.is_some_and(|r| model.world().is_orphan(r)) && record.unwrap().state == State::Ready;
+            let orphan =
+                record.is_some_and(|r| model.world().is_orphan(r)) && record.unwrap().state == State::Ready;
             assert_eq!(seen.judgement.verdict == Verdict::Orphan, orphan, "{seen:?}");
         }
         assert!(scan.strange.contains(&"vol1.txt".to_owned()));

@@ -45,7 +45,9 @@ fn a_bucket_is_listed_page_by_page_and_only_the_volume_is_deleted() {
     for n in 0..1100 {
         moto.put("vols", &format!("some/where/vol1/compacted/{n:05}.sst"), b"abc");
     }
-    for key in ["vol10/manifest/1", "vol1.txt", "vol1/manifest/odd%20name%2B%26", ".zerofsctl/volumes/vol1.json"] {
+    for key in
+        ["vol10/manifest/1", "vol1.txt", "vol1/manifest/odd%20name%2B%26", ".zerofsctl/volumes/vol1.json"]
+    {
         moto.put("vols", &format!("some/where/{key}"), b"abc");
     }
     moto.put("vols", "some/where-else/vol1/manifest/1", b"abc");
@@ -146,13 +148,17 @@ fn marked_volumes_go_from_a_bucket_with_all_that_is_theirs_and_nothing_else() {
     let scan = c.scan().unwrap();
     let swept = c.sweep(&scan, &c.plan_sweep(&scan).unwrap()).unwrap();
     assert!(
-        matches!(&swept.volumes[..], [
-            (_, Outcome::Gone { objects: 4, .. }),
-            (_, Outcome::Gone { objects: 40, bytes: 120, uploads: 1 })
-        ]),
+        matches!(
+            &swept.volumes[..],
+            [
+                (_, Outcome::Gone { objects: 4, .. }),
+                (_, Outcome::Gone { objects: 40, bytes: 120, uploads: 1 })
+            ]
+        ),
         "{swept:?}"
     );
-    let left: BTreeSet<String> = moto.keys("vols", "").into_iter().filter(|k| !k.starts_with(".zerofsctl")).collect();
+    let left: BTreeSet<String> =
+        moto.keys("vols", "").into_iter().filter(|k| !k.starts_with(".zerofsctl")).collect();
     assert_eq!(left, kept);
     assert!(!moto.text("/vols?uploads").contains("<UploadId>"));
     let records_left = moto.keys("vols", ".zerofsctl/volumes/");
@@ -221,14 +227,27 @@ fn answers_that_are_cut_short_or_make_no_sense_are_errors_never_an_end() {
         ("nothing about truncation", list(object)),
         ("a web page", "<html>hello</html>".to_owned()),
         ("nothing", String::new()),
-        ("another's key", list("<IsTruncated>false</IsTruncated>").replace("</List", &format!("{}</List", object.replace("x/vol1", "y/vol1")))),
-        ("no time", list(&format!("{}<IsTruncated>false</IsTruncated>", object.replace("2026-01-01T00:00:00.000Z", "soon")))),
+        (
+            "another's key",
+            list("<IsTruncated>false</IsTruncated>")
+                .replace("</List", &format!("{}</List", object.replace("x/vol1", "y/vol1"))),
+        ),
+        (
+            "no time",
+            list(&format!(
+                "{}<IsTruncated>false</IsTruncated>",
+                object.replace("2026-01-01T00:00:00.000Z", "soon")
+            )),
+        ),
         ("an error in a success", "<Error><Code>InternalError</Code></Error>".to_owned()),
     ] {
         let server = Script::new(move |_| answer(200, &text));
         let objects = catalog::objects(&"s3://vols/x".parse().unwrap(), &settings(server.address)).unwrap();
         let e = objects.page(&Below::volume(&id("vol1")), false, None).expect_err(what);
-        assert!(e.hint_text().is_some() && !format!("{e:?}").to_lowercase().contains("hunter22"), "{what}: {e:?}");
+        assert!(
+            e.hint_text().is_some() && !format!("{e:?}").to_lowercase().contains("hunter22"),
+            "{what}: {e:?}"
+        );
     }
 }
 

@@ -115,9 +115,13 @@ fn collect(lab: &Lab) {
         let all = scan["volumes"].as_array().unwrap();
         all.iter().find(|s| s["volume"] == v).unwrap_or_else(|| panic!("{v}: {scan:#}"))["verdict"].clone()
     };
-    for (volume, expected) in
-        [("busy", "live"), ("gone", "retained"), ("vol1", "retained"), ("vol10", "retained"), ("photos", "unknown")]
-    {
+    for (volume, expected) in [
+        ("busy", "live"),
+        ("gone", "retained"),
+        ("vol1", "retained"),
+        ("vol10", "retained"),
+        ("photos", "unknown"),
+    ] {
         assert_eq!(verdict(volume), expected, "{volume}: {scan:#}");
     }
     let mark = ["gc-s3", "mark", "--no-kubernetes", "--max-delete", "50%"];
@@ -150,7 +154,8 @@ fn collect(lab: &Lab) {
     node.run(&lab.words(&with(&["--grace", "0s"]))).expect_error(2, &["confirmed"]);
     assert!(lab.keys("gone") >= before.0 && lab.keys("vol1") >= before.1);
     node.ok(&lab.words(&with(&["--grace", "0s", "--plan", "plan.json"])));
-    node.run(&lab.words(&with(&["--grace", "24h", "--plan", "plan.json", "--yes"]))).expect_error(1, &["does not hold"]);
+    node.run(&lab.words(&with(&["--grace", "24h", "--plan", "plan.json", "--yes"])))
+        .expect_error(1, &["does not hold"]);
     assert!(lab.keys("gone") >= before.0 && lab.keys("vol1") >= before.1);
     let swept = node.json(&lab.words(&with(&["--grace", "0s", "--plan", "plan.json", "--yes"])));
     for volume in swept["volumes"].as_array().unwrap() {
@@ -202,9 +207,14 @@ fn root_bad_input_changes_nothing_and_says_what_to_do() {
     node.run(&[&scan[..], &[&plain]].concat()).expect_error(2, &["http://", "awsAllowHTTP"]);
     node.run(&["gc-s3", "scan"]).expect_error(2, &["Kubernetes"]);
     let url = "s3://no-such-bucket/csi";
-    node.run(&lab.words(&["gc-s3", "scan", "--no-kubernetes", "--storage-url", url])).expect_error(10, &["no such bucket"]);
-    let down = config("down.yaml", "storageURL: s3://vols/csi\nawsEndpoint: http://127.0.0.1:1\nawsAllowHTTP: \"true\"\n");
-    let mut command = node.command(&[&["gc-s3", "sweep", "--yes", "--no-kubernetes", "--config"][..], &[&down]].concat());
+    node.run(&lab.words(&["gc-s3", "scan", "--no-kubernetes", "--storage-url", url]))
+        .expect_error(10, &["no such bucket"]);
+    let down = config(
+        "down.yaml",
+        "storageURL: s3://vols/csi\nawsEndpoint: http://127.0.0.1:1\nawsAllowHTTP: \"true\"\n",
+    );
+    let mut command =
+        node.command(&[&["gc-s3", "sweep", "--yes", "--no-kubernetes", "--config"][..], &[&down]].concat());
     command.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "test");
     support::cli::Answer::of(&mut command).expect_error(20, &["does not answer"]);
     // The root of a bucket, with another installation and a record of a newer format in it.
@@ -214,7 +224,9 @@ fn root_bad_input_changes_nothing_and_says_what_to_do() {
     let root = lab.words(&["gc-s3", "scan", "--no-kubernetes", "--storage-url", "s3://vols"]);
     let scan = node.json(&root);
     assert_eq!(scan["counts"]["unknown"], 2, "{scan:#}");
-    for words in [["--grace", "soon"], ["--max-delete", "lots"], ["--quiet", "-1s"], ["--plan", "missing.json"]] {
+    for words in
+        [["--grace", "soon"], ["--max-delete", "lots"], ["--quiet", "-1s"], ["--plan", "missing.json"]]
+    {
         let sweep = ["gc-s3", "sweep", "--yes", "--no-kubernetes"];
         node.run(&lab.words(&[&sweep[..], &words[..]].concat())).expect_error(2, &[]);
     }

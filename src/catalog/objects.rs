@@ -117,11 +117,13 @@ pub trait Objects: Send + Sync {
 pub(super) fn only_of<'a>(volume: &VolumeId, keys: impl IntoIterator<Item = &'a str>) -> Result<()> {
     let below = Below::volume(volume);
     for key in keys {
-        let inside = key.strip_prefix(below.as_str()).is_some_and(|rest| {
-            !rest.is_empty() && !rest.split('/').any(|part| matches!(part, "." | ".."))
-        });
+        let inside = key
+            .strip_prefix(below.as_str())
+            .is_some_and(|rest| !rest.is_empty() && !rest.split('/').any(|part| matches!(part, "." | "..")));
         if !inside {
-            return Err(Error::refused("an object of something else was about to be deleted; nothing was").on(volume));
+            return Err(
+                Error::refused("an object of something else was about to be deleted; nothing was").on(volume)
+            );
         }
     }
     Ok(())
@@ -137,9 +139,17 @@ mod tests {
         assert_eq!(Below::volume(&vol1).as_str(), "vol1/");
         assert_eq!(Below::volume(&vol1).folder("manifest/").as_str(), "vol1/manifest/");
         assert!(only_of(&vol1, ["vol1/a", "vol1/manifest/1"]).is_ok());
-        for key in
-            ["vol10/a", "vol1", "vol1/", "vol/a", ".zerofsctl/volumes/vol1.json", "vol1/../vol2/a", "vol1/./a", "", "/vol1/a"]
-        {
+        for key in [
+            "vol10/a",
+            "vol1",
+            "vol1/",
+            "vol/a",
+            ".zerofsctl/volumes/vol1.json",
+            "vol1/../vol2/a",
+            "vol1/./a",
+            "",
+            "/vol1/a",
+        ] {
             assert!(only_of(&vol1, ["vol1/a", key]).is_err(), "{key}");
         }
     }

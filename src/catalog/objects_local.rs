@@ -215,7 +215,8 @@ mod tests {
 
     #[test]
     fn pages_follow_on_each_other_in_the_order_of_keys() {
-        let names: Vec<String> = (0..2500).map(|n| format!("vol1/{}/{n:04}", ["a", "a-b", "b"][n % 3])).collect();
+        let names: Vec<String> =
+            (0..2500).map(|n| format!("vol1/{}/{n:04}", ["a", "a-b", "b"][n % 3])).collect();
         let (_dir, objects) = store(&names.iter().map(String::as_str).collect::<Vec<_>>());
         let mut sorted = names.clone();
         sorted.sort();

@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::stream;
 use jiff::{SignedDuration, Timestamp};
+use object_store::ObjectStore;
 use object_store::aws::AwsAuthorizer;
 use object_store::client::{HttpClient, HttpRequest, HttpRequestBody};
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
-use object_store::ObjectStore;
 
 use super::objects::only_of;
 use super::pace::Pace;
@@ -88,7 +88,9 @@ impl S3Objects {
                     if if hasty { begun.elapsed() > PATIENCE } else { tries >= TRIES } {
                         return Err(e);
                     }
-                    std::thread::sleep((Duration::from_millis(100) * 2u32.pow(tries.min(8))).min(LONGEST_PAUSE));
+                    std::thread::sleep(
+                        (Duration::from_millis(100) * 2u32.pow(tries.min(8))).min(LONGEST_PAUSE),
+                    );
                 }
                 Err(e) => return Err(e),
             }
@@ -195,7 +197,12 @@ impl S3Objects {
         // In the order of their names, as the signature wants them.
         query.extend(next.map(|token| ("continuation-token", token)));
         query.extend(folders.then_some(("delimiter", "/")));
-        query.extend([("encoding-type", "url"), ("list-type", "2"), ("max-keys", "1000"), ("prefix", &prefix)]);
+        query.extend([
+            ("encoding-type", "url"),
+            ("list-type", "2"),
+            ("max-keys", "1000"),
+            ("prefix", &prefix),
+        ]);
         let text = self.ask(what, &query)?;
         let mut page = Page::default();
         for object in elements(&text, "Contents") {
@@ -225,7 +232,6 @@ impl S3Objects {
                 .hint("run the same command again; if it stays so, the server does not speak ListObjectsV2")),
         }
     }
-
 }
 
 impl Objects for S3Objects {
@@ -253,7 +259,9 @@ impl Objects for S3Objects {
             })?;
             let Answer::Ok(results) = answer else { return Err(no_sense(what)) };
             // The error of a request as a whole comes alone.
-            if results.len() != paths.len() || results.iter().any(|r| r.as_ref().is_err_and(|e| !is_of_one_object(e))) {
+            if results.len() != paths.len()
+                || results.iter().any(|r| r.as_ref().is_err_and(|e| !is_of_one_object(e)))
+            {
                 let Some(e) = results.into_iter().find_map(Result::err) else { return Err(no_sense(what)) };
                 self.client.run::<()>(what, async { Err(e) })?;
                 return Err(no_sense(what));
@@ -303,7 +311,8 @@ impl Objects for S3Objects {
             if element(&text, "IsTruncated").as_deref() != Some("true") {
                 return Ok(uploads);
             }
-            let key = element(&text, "NextKeyMarker").and_then(|k| decoded(&k)).ok_or_else(|| no_sense(what))?;
+            let key =
+                element(&text, "NextKeyMarker").and_then(|k| decoded(&k)).ok_or_else(|| no_sense(what))?;
             let id = element(&text, "NextUploadIdMarker").map(|i| unescaped(&i)).unwrap_or_default();
             let following = Some((key, id));
             if following == marker {
@@ -342,7 +351,9 @@ impl Objects for S3Objects {
 
     fn keeps_versions(&self) -> Result<Option<bool>> {
         match self.ask("ask for versioning", &[("versioning", "")]) {
-            Ok(text) => Ok(Some(element(&text, "Status").is_some_and(|s| s == "Enabled" || s == "Suspended"))),
+            Ok(text) => {
+                Ok(Some(element(&text, "Status").is_some_and(|s| s == "Enabled" || s == "Suspended")))
+            }
             // Not everybody may ask, and not every server knows.
             Err(e) if matches!(e.kind(), Kind::Environment | Kind::Refused | Kind::Failed) => Ok(None),
             Err(e) => Err(e),
@@ -389,9 +400,10 @@ fn is_of_one_object(e: &object_store::Error) -> bool {
 
 fn refusal_of_one(e: &object_store::Error) -> Error {
     // Only codes that we know: what else the server writes is not repeated.
-    let code = ["AccessDenied", "InternalError", "SlowDown", "InvalidObjectState", "ObjectLocked", "InvalidRequest"]
-        .into_iter()
-        .find(|code| says(e, &[code]));
+    let code =
+        ["AccessDenied", "InternalError", "SlowDown", "InvalidObjectState", "ObjectLocked", "InvalidRequest"]
+            .into_iter()
+            .find(|code| says(e, &[code]));
     let why = code.unwrap_or("no known reason");
     match code {
         Some("AccessDenied") => Error::environment(format!("the server refuses to delete it ({why})"))
@@ -442,9 +454,17 @@ fn unescaped(text: &str) -> String {
         return text.to_owned();
     }
     // The ampersand last, or what it brings would be taken for another escape.
-    [("&lt;", "<"), ("&gt;", ">"), ("&quot;", "\""), ("&#34;", "\""), ("&apos;", "'"), ("&#39;", "'"), ("&amp;", "&")]
-        .into_iter()
-        .fold(text.to_owned(), |text, (escape, plain)| text.replace(escape, plain))
+    [
+        ("&lt;", "<"),
+        ("&gt;", ">"),
+        ("&quot;", "\""),
+        ("&#34;", "\""),
+        ("&apos;", "'"),
+        ("&#39;", "'"),
+        ("&amp;", "&"),
+    ]
+    .into_iter()
+    .fold(text.to_owned(), |text, (escape, plain)| text.replace(escape, plain))
 }
 
 #[cfg(test)]

@@ -837,7 +837,11 @@ mod tests {
             ("2026-11-26T10:00:00Z", "yesterday"),
         ] {
             let bad = FORMAT_1_MARKED.replace(from, to);
-            assert_eq!(VolumeRecord::decode(&id(), bad.as_bytes()).unwrap_err().kind(), Kind::Refused, "{to}");
+            assert_eq!(
+                VolumeRecord::decode(&id(), bad.as_bytes()).unwrap_err().kind(),
+                Kind::Refused,
+                "{to}"
+            );
         }
     }
 

@@ -128,7 +128,11 @@ impl S3Catalog {
     }
 
     /// Runs one exchange with the server. Credentials of a role are fetched first, for an error of their own.
-    pub(super) fn run<T>(&self, what: &str, work: impl Future<Output = object_store::Result<T>>) -> Result<Answer<T>> {
+    pub(super) fn run<T>(
+        &self,
+        what: &str,
+        work: impl Future<Output = object_store::Result<T>>,
+    ) -> Result<Answer<T>> {
         self.runtime.block_on(async {
             if !self.has_keys {
                 let role = tokio::time::timeout(ROLE_LIMIT, self.store.credentials().get_credential()).await;
@@ -332,7 +336,8 @@ fn client_options(allow_http: bool) -> ClientOptions {
 /// A client for requests that object_store has no name for.
 pub(super) fn http_client(settings: &S3Settings) -> Result<HttpClient> {
     ReqwestConnector::default().connect(&client_options(settings.allow_http.unwrap_or(false))).map_err(|_| {
-        Error::environment("cannot start the S3 client").hint("check the proxy settings and the system's certificates")
+        Error::environment("cannot start the S3 client")
+            .hint("check the proxy settings and the system's certificates")
     })
 }
 

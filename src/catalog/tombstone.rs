@@ -72,9 +72,9 @@ pub struct Sweeper {
 impl VolumeRecord {
     /// The mark, if it still counts: not attached since, and not being deleted yet.
     pub fn mark(&self) -> Option<&Tombstone> {
-        self.tombstone.as_ref().filter(|t| {
-            t.epoch == self.epoch && self.owner.is_none() && self.state != State::Deleting
-        })
+        self.tombstone
+            .as_ref()
+            .filter(|t| t.epoch == self.epoch && self.owner.is_none() && self.state != State::Deleting)
     }
 
     /// Marks it. Refused while somebody has it, and when its deletion has begun.
@@ -92,9 +92,11 @@ impl VolumeRecord {
     /// Takes the mark away and keeps the volume: no scan marks it again.
     pub fn restored(&self) -> Result<VolumeRecord> {
         if self.state == State::Deleting {
-            return Err(Error::refused("it is too late to restore it: its deletion has begun, and data is missing")
-                .on(&self.id)
-                .hint("finish the deletion: zerofsctl gc-s3 sweep"));
+            return Err(Error::refused(
+                "it is too late to restore it: its deletion has begun, and data is missing",
+            )
+            .on(&self.id)
+            .hint("finish the deletion: zerofsctl gc-s3 sweep"));
         }
         let state = if self.tombstone.is_some() { State::Released } else { self.state };
         Ok(VolumeRecord { state, ..self.unmarked() })

@@ -85,9 +85,11 @@ fn forget(store: &Store, volume: &VolumeId) -> Result<Report> {
     // Both the owner and the data speak against it, so both are asked before the record says `deleting`.
     let doomed: VolumeRecord = record.begin_delete()?;
     if store.catalog.data_prefix(volume)? != DataPrefix::Empty {
-        return Err(Error::refused("it still has data, which nobody would know of without its record").hint(format!(
-            "to delete the data too: zerofsctl gc-s3 mark {volume} --no-kubernetes, and later gc-s3 sweep"
-        )));
+        return Err(Error::refused("it still has data, which nobody would know of without its record").hint(
+            format!(
+                "to delete the data too: zerofsctl gc-s3 mark {volume} --no-kubernetes, and later gc-s3 sweep"
+            ),
+        ));
     }
     if store.catalog.update(&doomed, &tag)? == Written::LostRace {
         return Err(Error::new(Kind::Busy, "its record was changed just now, so it is left alone")

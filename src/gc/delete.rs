@@ -170,9 +170,11 @@ fn quiet(
     if written.is_some_and(|w| newest <= w) || age >= options.quiet {
         return Ok(());
     }
-    Err(Error::new(Kind::Busy, format!("something wrote to it {} ago, so a server may be running", ago(age))).hint(
-        format!("stop whatever serves it (its pod, or ZeroFS by hand), and try again in {}", ago(options.quiet - age)),
-    ))
+    Err(Error::new(Kind::Busy, format!("something wrote to it {} ago, so a server may be running", ago(age)))
+        .hint(format!(
+            "stop whatever serves it (its pod, or ZeroFS by hand), and try again in {}",
+            ago(options.quiet - age)
+        )))
 }
 
 fn foreign(name: &str) -> Error {
@@ -185,7 +187,9 @@ fn deletion(outcome: Outcome) -> Result<Deletion> {
         Outcome::Gone { objects, bytes, .. } => Ok(Deletion::Gone { objects, bytes }),
         Outcome::Emptied { after, .. } => Err(Error::new(
             Kind::Busy,
-            format!("its data is gone; its record goes after {after}, when nobody else can be deleting any more"),
+            format!(
+                "its data is gone; its record goes after {after}, when nobody else can be deleting any more"
+            ),
         )
         .hint("try again then")),
         Outcome::Kept(why) => Err(Error::new(Kind::Busy, why).hint("try again")),

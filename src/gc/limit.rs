@@ -71,9 +71,15 @@ mod tests {
 
     #[test]
     fn limits() {
-        for (text, all, most) in
-            [("10%", 0, 1), ("10%", 9, 1), ("10%", 25, 2), ("100%", 7, 7), ("0%", 50, 1), ("0", 50, 0), ("12", 5, 12)]
-        {
+        for (text, all, most) in [
+            ("10%", 0, 1),
+            ("10%", 9, 1),
+            ("10%", 25, 2),
+            ("100%", 7, 7),
+            ("0%", 50, 1),
+            ("0", 50, 0),
+            ("12", 5, 12),
+        ] {
             let limit: Limit = text.parse().unwrap();
             assert_eq!(limit.of(all), most, "{text} of {all}");
             assert_eq!(limit.to_string(), text);

@@ -10,7 +10,12 @@ use crate::values::VolumeId;
 const MANIFEST: &str = "manifest/";
 
 /// Counts all objects of a volume. `threads` shares large volumes out by folder.
-pub(super) fn measure(objects: &dyn Objects, volume: &VolumeId, threads: usize, watch: &dyn Watch) -> Result<Facts> {
+pub(super) fn measure(
+    objects: &dyn Objects,
+    volume: &VolumeId,
+    threads: usize,
+    watch: &dyn Watch,
+) -> Result<Facts> {
     let below = Below::volume(volume);
     let mut tally = Tally::new(&below);
     let first = objects.page(&below, false, None).map_err(|e| e.on(volume))?;
@@ -87,7 +92,10 @@ impl Tally {
     fn name(&mut self, name: &str) {
         // Of names that are alike one is enough; ZeroFS leaves a probe file at each start.
         let known = |n: &String| {
-            n == name || !n.ends_with('/') && !name.ends_with('/') && catalog::is_of_zerofs(n) == catalog::is_of_zerofs(name)
+            n == name
+                || !n.ends_with('/')
+                    && !name.ends_with('/')
+                    && catalog::is_of_zerofs(n) == catalog::is_of_zerofs(name)
         };
         if name == "zerofs.key" && !self.names.iter().any(|n| n == name) || !self.names.iter().any(known) {
             self.names.push(name.to_owned());
@@ -113,7 +121,13 @@ impl Tally {
         watch.objects(objects.len() as u64, bytes);
     }
 
-    fn rest(&mut self, objects: &dyn Objects, below: &Below, from: Option<String>, watch: &dyn Watch) -> Result<()> {
+    fn rest(
+        &mut self,
+        objects: &dyn Objects,
+        below: &Below,
+        from: Option<String>,
+        watch: &dyn Watch,
+    ) -> Result<()> {
         let mut next = from;
         loop {
             let page = objects.page(below, false, next.as_deref())?;
@@ -192,9 +206,12 @@ mod tests {
 
     #[test]
     fn one_strange_name_among_zerofs_ones_makes_it_foreign() {
-        let (_dir, objects) = store(&["vol1/manifest/1".into(), "vol1/zerofs.key".into(), "vol1/notes.txt".into()]);
+        let (_dir, objects) =
+            store(&["vol1/manifest/1".into(), "vol1/zerofs.key".into(), "vol1/notes.txt".into()]);
         let id = "vol1".parse().unwrap();
-        for facts in [measure(&objects, &id, 1, &Unwatched).unwrap(), glance(&objects, &id, &Unwatched).unwrap()] {
+        for facts in
+            [measure(&objects, &id, 1, &Unwatched).unwrap(), glance(&objects, &id, &Unwatched).unwrap()]
+        {
             assert_eq!(facts.content, DataPrefix::Foreign("notes.txt".into()));
         }
     }

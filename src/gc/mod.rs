@@ -43,7 +43,7 @@ pub use limit::Limit;
 pub use mark::{Marked, restore};
 pub use plan::{Line, Plan};
 pub use scan::{Scan, Seen};
-pub use sweep::{Swept, Outcome};
+pub use sweep::{Outcome, Swept};
 pub use verdict::{Judgement, Patience, Verdict};
 
 /// Who is told how far it is, and can ask to stop. Called from several threads.
@@ -133,8 +133,10 @@ fn while_learning(e: Error) -> Error {
     if matches!(e.kind(), Kind::Usage | Kind::NotFound | Kind::Interrupted | Kind::Unreachable) {
         return e;
     }
-    let mut unreachable =
-        Error::new(Kind::Unreachable, format!("cannot learn what is live, so nothing was deleted: {}", e.message()));
+    let mut unreachable = Error::new(
+        Kind::Unreachable,
+        format!("cannot learn what is live, so nothing was deleted: {}", e.message()),
+    );
     if let Some(volume) = e.volume() {
         unreachable = unreachable.on(volume);
     }
@@ -146,11 +148,7 @@ fn while_learning(e: Error) -> Error {
 
 /// Does `work` for each item in `threads` threads; after an error nobody begins another item, and the first error of
 /// all is returned. With one thread it is the caller's.
-fn in_parallel<T: Send>(
-    threads: usize,
-    items: Vec<T>,
-    work: impl Fn(T) -> Result<()> + Sync,
-) -> Result<()> {
+fn in_parallel<T: Send>(threads: usize, items: Vec<T>, work: impl Fn(T) -> Result<()> + Sync) -> Result<()> {
     if threads <= 1 || items.len() <= 1 {
         return items.into_iter().try_for_each(work);
     }

@@ -6,9 +6,9 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::Collector;
 use super::scan::{Scan, Seen};
 use super::verdict::Verdict;
-use super::Collector;
 use crate::catalog::{MarkedBy, State, StorageUrl};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::values::VolumeId;
@@ -86,7 +86,8 @@ impl Plan {
         };
         let plan: Plan = serde_json::from_str(&text).map_err(|e| {
             let (line, column) = (e.line(), e.column());
-            Error::usage(format!("{} is no plan: not valid at line {line} column {column}", path.display())).hint(hint)
+            Error::usage(format!("{} is no plan: not valid at line {line} column {column}", path.display()))
+                .hint(hint)
         })?;
         if plan.format != FORMAT {
             return Err(Error::usage(format!("the plan has format {}, not {FORMAT}", plan.format)).hint(hint));
@@ -111,16 +112,19 @@ impl Plan {
             (Some(volume), _) => (volume, "is no longer to be deleted"),
             (None, Some(volume)) => (volume, "is to be deleted now, and is not in the plan"),
         };
-        Err(Error::new(Kind::Conflict, format!("the plan does not hold any more: volume {} {}; nothing was deleted",
-            difference.0, difference.1))
+        Err(Error::new(
+            Kind::Conflict,
+            format!(
+                "the plan does not hold any more: volume {} {}; nothing was deleted",
+                difference.0, difference.1
+            ),
+        )
         .hint("make a new one and look at it: zerofsctl gc-s3 sweep --plan FILE"))
     }
 
     /// Without the volumes that one of both has begun to delete: finishing them needs no new consent.
     fn settled(&self, other: &Plan) -> Plan {
-        let begun = |v: &VolumeId| {
-            self.lines.iter().chain(&other.lines).any(|l| l.volume == *v && l.begun)
-        };
+        let begun = |v: &VolumeId| self.lines.iter().chain(&other.lines).any(|l| l.volume == *v && l.begun);
         let lines = self.lines.iter().filter(|l| !begun(&l.volume)).cloned().collect();
         Plan { lines, ..self.clone() }
     }
@@ -166,7 +170,9 @@ impl Collector<'_> {
         let orphans = scan.volumes.iter().filter(|s| s.judgement.verdict == Verdict::Orphan);
         let lines: Vec<Line> = orphans.filter_map(select).collect();
         let fresh: Vec<&Line> = lines.iter().filter(|l| !l.begun).collect();
-        if let Some((line, cluster)) = fresh.iter().find_map(|l| Some((l, self.silent_evidence(scan, &l.volume)?))) {
+        if let Some((line, cluster)) =
+            fresh.iter().find_map(|l| Some((l, self.silent_evidence(scan, &l.volume)?)))
+        {
             return Err(Error::refused(format!(
                 "cluster {cluster} answers that nothing refers to any volume, which is more likely a mistake than the \
                  truth; nothing was changed"
@@ -189,7 +195,8 @@ impl Collector<'_> {
     fn silent_evidence(&self, scan: &Scan, volume: &VolumeId) -> Option<String> {
         let seen = scan.volumes.iter().find(|s| s.volume == *volume)?;
         let (record, _) = seen.usable()?;
-        let said = self.options.named.contains(volume) || record.mark().is_some_and(|m| m.by != MarkedBy::Scan);
+        let said =
+            self.options.named.contains(volume) || record.mark().is_some_and(|m| m.by != MarkedBy::Scan);
         record.cluster.clone().filter(|c| !said && scan.silent.contains(c))
     }
 
@@ -255,7 +262,9 @@ mod tests {
         saved.save(&path).unwrap();
         assert_eq!(Plan::load(&path).unwrap(), saved);
         let text = std::fs::read_to_string(&path).unwrap();
-        for bad in [String::new(), text.replace("\"format\": 1", "\"format\": 2"), text.replace("vol1", "../x")] {
+        for bad in
+            [String::new(), text.replace("\"format\": 1", "\"format\": 2"), text.replace("vol1", "../x")]
+        {
             std::fs::write(&path, bad).unwrap();
             let e = Plan::load(&path).unwrap_err();
             assert_eq!(e.kind(), Kind::Usage, "{e}");
@@ -274,7 +283,10 @@ mod tests {
             (plan(&[("vol1", 3, 5, false)]), "vol2 is no longer"),
             (plan(&[("vol1", 4, 5, false), ("vol2", 1, 6, false)]), "vol1 is no longer"),
             (plan(&[("vol1", 3, 9, false), ("vol2", 1, 6, false)]), "vol1 is no longer"),
-            (plan(&[("vol1", 3, 5, false), ("vol2", 1, 6, false), ("vol3", 0, 0, false)]), "vol3 is to be deleted"),
+            (
+                plan(&[("vol1", 3, 5, false), ("vol2", 1, 6, false), ("vol3", 0, 0, false)]),
+                "vol3 is to be deleted",
+            ),
         ] {
             let e = saved.require_same(&now).unwrap_err();
             assert_eq!(e.kind(), Kind::Conflict);

@@ -148,8 +148,8 @@ impl Collector<'_> {
         let records = Mutex::new(BTreeMap::new());
         super::in_parallel(self.options.workers, written, |(id, modified)| {
             let recorded = match self.catalog.get(&id) {
-                // The listing may be of an older write than the record: then it is younger than we take it for, which
-                // only the conditional put of a mark would notice. So take the later of both when that can be known.
+                // The listing may be of an older write than the record. Then it is younger than we take it for, which an
+                // attach in between would explain; the last look before a deletion sees that.
                 Ok(Some((record, tag))) => (Recorded::Yes(Box::new(record), modified), Some(tag)),
                 // Gone since it was listed.
                 Ok(None) => return Ok(()),
@@ -165,7 +165,8 @@ impl Collector<'_> {
     pub(super) fn testimonies(&self) -> Result<Testimonies> {
         let mut all = Testimonies { asked: self.options.gone_clusters.clone(), ..Testimonies::default() };
         for witness in self.witnesses {
-            let Testimony { cluster, references } = witness.testify().map_err(|e| e.context(witness.name()))?;
+            let Testimony { cluster, references } =
+                witness.testify().map_err(|e| e.context(witness.name()))?;
             if let Some(cluster) = cluster {
                 if references.is_empty() {
                     all.silent.insert(cluster.clone());

@@ -76,12 +76,16 @@ impl Collector<'_> {
             self.check_interrupted()?;
             let outcome = self.sweep_volume(scan, line, inside)?;
             self.watch.volume(&line.volume);
-            outcomes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((line.volume.clone(), outcome));
+            outcomes
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .push((line.volume.clone(), outcome));
             Ok(())
         });
         let mut volumes = outcomes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         volumes.sort_by(|a, b| a.0.cmp(&b.0));
-        let stopped = volumes.iter().any(|(_, o)| matches!(o, Outcome::Failed(e) if e.kind() == Kind::Interrupted));
+        let stopped =
+            volumes.iter().any(|(_, o)| matches!(o, Outcome::Failed(e) if e.kind() == Kind::Interrupted));
         match swept {
             Ok(()) => Ok(Swept { volumes, unmarked, interrupted: stopped }),
             Err(e) if e.kind() == Kind::Interrupted => Ok(Swept { volumes, unmarked, interrupted: true }),
@@ -118,7 +122,8 @@ impl Collector<'_> {
         let volume = &line.volume;
         // The record first: whoever attaches it after this makes our write lose.
         let Some((record, tag)) = self.catalog.get(volume)? else { return Ok(Err("it is gone".into())) };
-        let Some(mark) = record.mark().filter(|m| Some(m.at) == line.marked && record.epoch == line.epoch) else {
+        let Some(mark) = record.mark().filter(|m| Some(m.at) == line.marked && record.epoch == line.epoch)
+        else {
             return Ok(Err("it was attached, restored or marked anew in between".into()));
         };
         let marked_at = mark.at;
@@ -190,12 +195,16 @@ impl<'a> Lease<'a> {
                     .hint("let it finish: zerofsctl gc-s3 status"));
             }
             let now = self.objects.now()?;
-            if let Written::Done(_) = self.catalog.update(&record.sweeping(&self.nonce, now, until(now))?, &tag)? {
+            if let Written::Done(_) =
+                self.catalog.update(&record.sweeping(&self.nonce, now, until(now))?, &tag)?
+            {
                 *self.until.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = until(now);
                 return Ok(true);
             }
         }
-        Err(Error::new(Kind::Busy, "its catalog record keeps changing under us").on(&self.volume).hint("try again"))
+        Err(Error::new(Kind::Busy, "its catalog record keeps changing under us")
+            .on(&self.volume)
+            .hint("try again"))
     }
 
     /// Makes sure that it is ours for some time; called before each batch.
@@ -209,7 +218,8 @@ impl<'a> Lease<'a> {
         if self.write(false)? {
             return Ok(());
         }
-        Err(Error::new(Kind::Busy, "another collector has finished its deletion").on(&self.volume)
+        Err(Error::new(Kind::Busy, "another collector has finished its deletion")
+            .on(&self.volume)
             .hint("nothing is left to do: zerofsctl gc-s3 status"))
     }
 
@@ -269,8 +279,9 @@ fn finish_inner(lease: &Lease<'_>, threads: usize, watch: &dyn Watch) -> Result<
         }
         rounds += 1;
         if rounds > ROUNDS {
-            return Err(Error::new(Kind::Busy, "a server still writes to it")
-                .hint("stop it: zerofsctl show and the pods of the volume tell where it runs; then run this again"));
+            return Err(Error::new(Kind::Busy, "a server still writes to it").hint(
+                "stop it: zerofsctl show and the pods of the volume tell where it runs; then run this again",
+            ));
         }
     }
     lease.objects.tidy(&lease.volume)?;
@@ -340,7 +351,9 @@ fn clear(lease: &Lease<'_>, threads: usize, watch: &dyn Watch) -> Result<Round> 
             match page.next {
                 None => return Ok(()),
                 Some(same) if Some(&same) == next.as_ref() => {
-                    return Err(Error::new(Kind::Unreachable, "the listing does not get on").hint("try again"));
+                    return Err(
+                        Error::new(Kind::Unreachable, "the listing does not get on").hint("try again")
+                    );
                 }
                 other => next = other,
             }
@@ -364,7 +377,10 @@ fn clear(lease: &Lease<'_>, threads: usize, watch: &dyn Watch) -> Result<Round> 
                             continue;
                         }
                         if let Err(e) = delete(batch) {
-                            failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(e);
+                            failure
+                                .lock()
+                                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                                .get_or_insert(e);
                         }
                     }
                 });

@@ -127,7 +127,10 @@ pub fn judge(e: &Evidence<'_>) -> Judgement {
         && newest > written
         && e.now.duration_since(newest) < e.patience.quiet
     {
-        return say(Verdict::Live, format!("something wrote to it {} ago", ago(e.now.duration_since(newest))));
+        return say(
+            Verdict::Live,
+            format!("something wrote to it {} ago", ago(e.now.duration_since(newest))),
+        );
     }
     if let Some(mark) = mark
         && mark.manifest < e.facts.manifest
@@ -147,7 +150,10 @@ pub fn judge(e: &Evidence<'_>) -> Judgement {
         return say(Verdict::Orphan, mark.why.clone());
     }
     if record.state == State::Released {
-        return say(Verdict::Released, "its PersistentVolume is gone, and its data was kept on purpose".into());
+        return say(
+            Verdict::Released,
+            "its PersistentVolume is gone, and its data was kept on purpose".into(),
+        );
     }
     let Some(cluster) = &record.cluster else {
         return say(Verdict::Retained, "it belongs to no cluster; only naming it marks it".into());
@@ -211,7 +217,8 @@ mod tests {
             newest: Some(at(80_000)),
             manifest: Some("vol1/manifest/0007.manifest".into()),
         };
-        let mut case = Case { record, written: at(70_000), references: vec![], facts, asked: vec!["c-1"], named: false };
+        let mut case =
+            Case { record, written: at(70_000), references: vec![], facts, asked: vec!["c-1"], named: false };
         change(&mut case);
         judge_case(&case, &Recorded::Yes(Box::new(case.record.clone()), case.written))
     }
@@ -261,9 +268,17 @@ mod tests {
     fn an_orphan_is_one_only_if_everything_says_so() {
         assert_verdict(&case(|_| {}), Verdict::Orphan, "nothing in cluster c-1");
         let doubts: [(fn(&mut Case), Verdict, &str); 14] = [
-            (|c| c.references.push(reference(ReferenceKind::PersistentVolume)), Verdict::Live, "PersistentVolume pv-1"),
+            (
+                |c| c.references.push(reference(ReferenceKind::PersistentVolume)),
+                Verdict::Live,
+                "PersistentVolume pv-1",
+            ),
             (|c| c.references.push(reference(ReferenceKind::RetainedVolume)), Verdict::Retained, "retained"),
-            (|c| c.references.push(reference(ReferenceKind::VolumeAttachment)), Verdict::Live, "VolumeAttachment"),
+            (
+                |c| c.references.push(reference(ReferenceKind::VolumeAttachment)),
+                Verdict::Live,
+                "VolumeAttachment",
+            ),
             (|c| c.references.push(reference(ReferenceKind::Pod)), Verdict::Live, "pod"),
             (|c| c.references.push(reference(ReferenceKind::Journal)), Verdict::Live, "journal"),
             (
@@ -311,11 +326,8 @@ mod tests {
     #[test]
     fn a_name_overrules_only_what_is_a_matter_of_wishes() {
         type Change = fn(&mut Case);
-        let wishes: [Change; 3] = [
-            |c| c.record.cluster = None,
-            |c| c.record.state = State::Released,
-            |c| c.written = at(1),
-        ];
+        let wishes: [Change; 3] =
+            [|c| c.record.cluster = None, |c| c.record.state = State::Released, |c| c.written = at(1)];
         for change in wishes {
             let judged = case(|c| {
                 change(c);
@@ -394,9 +406,14 @@ mod tests {
 
     #[test]
     fn durations_for_people() {
-        for (seconds, text) in
-            [(0, "0 s"), (59, "59 s"), (60, "1 min"), (3599, "59 min 59 s"), (3600, "1 h"), (90_061, "1 d 1 h")]
-        {
+        for (seconds, text) in [
+            (0, "0 s"),
+            (59, "59 s"),
+            (60, "1 min"),
+            (3599, "59 min 59 s"),
+            (3600, "1 h"),
+            (90_061, "1 d 1 h"),
+        ] {
             assert_eq!(ago(SignedDuration::from_secs(seconds)), text);
         }
     }

@@ -79,7 +79,8 @@ pub fn scan(scan: &Scan) -> Report {
         })
         .collect();
     let counts: BTreeMap<&str, usize> = Verdict::ALL.iter().map(|v| (v.name(), scan.count(*v))).collect();
-    let orphans: Vec<&Seen> = scan.volumes.iter().filter(|s| s.judgement.verdict == Verdict::Orphan).collect();
+    let orphans: Vec<&Seen> =
+        scan.volumes.iter().filter(|s| s.judgement.verdict == Verdict::Orphan).collect();
     let mut notes = Vec::new();
     if !orphans.is_empty() {
         let objects: u64 = orphans.iter().filter_map(|s| s.facts.objects).sum();
@@ -103,8 +104,18 @@ pub fn scan(scan: &Scan) -> Report {
     if scan.volumes.is_empty() {
         return report;
     }
-    let columns =
-        ["VOLUME", "VERDICT", "RECORD", "OBJECTS", "BYTES", "NEWEST", "REASON", "CLUSTER", "MARKED", "REFERENCES"];
+    let columns = [
+        "VOLUME",
+        "VERDICT",
+        "RECORD",
+        "OBJECTS",
+        "BYTES",
+        "NEWEST",
+        "REASON",
+        "CLUSTER",
+        "MARKED",
+        "REFERENCES",
+    ];
     report.table(&columns, rows).wide_from(7)
 }
 
@@ -142,7 +153,11 @@ pub fn plan(verb: &'static str, plan: &Plan, how: &str) -> Report {
         .names(plan.lines.iter().map(|l| l.volume.to_string()))
         .notes(plan.unmark.iter().map(|(v, why)| format!("{v} loses its mark: {why}")))
         .notes(plan.waiting.iter().map(|(v, due)| format!("{v} is marked, and due at {}", stamp(*due))));
-    if plan.lines.is_empty() { report } else { report.table(&["VOLUME", "OBJECTS", "BYTES", "MARKED", "REASON"], rows) }
+    if plan.lines.is_empty() {
+        report
+    } else {
+        report.table(&["VOLUME", "OBJECTS", "BYTES", "MARKED", "REASON"], rows)
+    }
 }
 
 /// The answer of `gc-s3 mark`.
@@ -168,7 +183,11 @@ pub fn marked(plan: &Plan, done: &Marked) -> Report {
     .names(done.marked.iter().map(ToString::to_string))
     .notes(done.unmarked.iter().map(|(v, why)| format!("{v} lost its mark: {why}")))
     .notes(done.changed.iter().map(|v| format!("{v} was changed meanwhile, and left alone")));
-    if done.marked.is_empty() { report } else { report.table(&["VOLUME", "OBJECTS", "BYTES", "REASON"], rows) }
+    if done.marked.is_empty() {
+        report
+    } else {
+        report.table(&["VOLUME", "OBJECTS", "BYTES", "REASON"], rows)
+    }
 }
 
 /// The answer of `gc-s3 sweep`; exit code 5 when something could not be deleted.
@@ -180,7 +199,11 @@ pub fn swept(plan: &Plan, done: &Swept, keeps_versions: Option<bool>) -> Report 
         let (word, count, sum, note) = match outcome {
             Outcome::Gone { objects, bytes, uploads } => {
                 gone += 1;
-                let aborted = if *uploads > 0 { format!("{uploads} unfinished uploads aborted") } else { String::new() };
+                let aborted = if *uploads > 0 {
+                    format!("{uploads} unfinished uploads aborted")
+                } else {
+                    String::new()
+                };
                 ("gone", *objects, *bytes, aborted)
             }
             Outcome::Emptied { objects, bytes, after } => {
@@ -201,14 +224,21 @@ pub fn swept(plan: &Plan, done: &Swept, keeps_versions: Option<bool>) -> Report 
         Outcome::Failed(e) => Some(format!("{v}: hint: {}", e.hint_text()?)),
         _ => None,
     });
-    let mut notes: Vec<String> = done.unmarked.iter().map(|(v, why)| format!("{v} lost its mark: {why}")).collect();
+    let mut notes: Vec<String> =
+        done.unmarked.iter().map(|(v, why)| format!("{v} lost its mark: {why}")).collect();
     notes.extend(plan.waiting.iter().map(|(v, due)| format!("{v} is marked, and due at {}", stamp(*due))));
     notes.extend(hints);
     notes.extend(versions_note(keeps_versions).filter(|_| objects > 0));
     if done.interrupted {
         notes.push("it was interrupted; run the same command again to go on".into());
     }
-    let exit = if done.interrupted { 130 } else if failed > 0 { 5 } else { 0 };
+    let exit = if done.interrupted {
+        130
+    } else if failed > 0 {
+        5
+    } else {
+        0
+    };
     let report = Report::new(
         "gc-sweep",
         json!({"storage_url": plan.url, "volumes": data, "objects": objects, "bytes": bytes, "unmarked": done.unmarked,
@@ -218,12 +248,17 @@ pub fn swept(plan: &Plan, done: &Swept, keeps_versions: Option<bool>) -> Report 
     .names(done.volumes.iter().map(|(v, _)| v.to_string()))
     .notes(notes)
     .exit(exit);
-    if rows.is_empty() { report } else { report.table(&["VOLUME", "OUTCOME", "OBJECTS", "BYTES", "NOTE"], rows) }
+    if rows.is_empty() {
+        report
+    } else {
+        report.table(&["VOLUME", "OUTCOME", "OBJECTS", "BYTES", "NOTE"], rows)
+    }
 }
 
 /// The answer of `gc-s3 restore`.
 pub fn restored(record: &VolumeRecord, changed: bool) -> Report {
-    let text = if changed { "is not marked any more, and kept on purpose from now on" } else { "was not marked" };
+    let text =
+        if changed { "is not marked any more, and kept on purpose from now on" } else { "was not marked" };
     Report::new("gc-restore", json!({"volume": record.id, "already": !changed, "state": record.state}))
         .summary(format!("{} {text}", record.id))
         .names([record.id.to_string()])
@@ -234,12 +269,23 @@ pub fn status(records: &[VolumeRecord], grace: SignedDuration, now: Timestamp) -
     let (mut rows, mut data, mut names) = (Vec::new(), Vec::new(), Vec::new());
     for record in records {
         let (since, due, by, why) = match (record.state, record.mark(), &record.tombstone) {
-            (State::Deleting, _, mark) => (mark.as_ref().map(|m| m.at), None, "-", "run gc-s3 sweep to finish it".to_owned()),
+            (State::Deleting, _, mark) => {
+                (mark.as_ref().map(|m| m.at), None, "-", "run gc-s3 sweep to finish it".to_owned())
+            }
             (_, Some(mark), _) => (Some(mark.at), Some(mark.due(grace)), by(mark.by), mark.why.clone()),
             _ => continue,
         };
-        let left = due.map(|due| if due <= now { "now".to_owned() } else { format!("in {}", ago(due.duration_since(now))) });
-        rows.push(vec![record.id.to_string(), state(record).into(), dash(since.map(stamp)), dash(left), by.into(), why.clone()]);
+        let left = due.map(|due| {
+            if due <= now { "now".to_owned() } else { format!("in {}", ago(due.duration_since(now))) }
+        });
+        rows.push(vec![
+            record.id.to_string(),
+            state(record).into(),
+            dash(since.map(stamp)),
+            dash(left),
+            by.into(),
+            why.clone(),
+        ]);
         data.push(json!({"volume": record.id, "state": state(record), "marked": since, "due": due, "by": by, "why": why}));
         names.push(record.id.to_string());
     }
@@ -315,7 +361,11 @@ pub fn record(r: &VolumeRecord, data: &DataPrefix, written: Option<Timestamp>, u
         ("written", dash(written.map(stamp))),
     ];
     if let Some(mark) = &r.tombstone {
-        let void = if r.mark().is_none() && r.state != State::Deleting { " (void: it was attached since)" } else { "" };
+        let void = if r.mark().is_none() && r.state != State::Deleting {
+            " (void: it was attached since)"
+        } else {
+            ""
+        };
         rows.push(("marked", format!("{} by {}: {}{void}", stamp(mark.at), by(mark.by), mark.why)));
     }
     if let Some(sweeper) = &r.sweeper {

@@ -32,7 +32,10 @@ impl Bar {
                     ProgressBar::new(total),
                     "{spinner} {msg} [{bar:30}] {human_pos} of {human_len} objects, {per_sec}, {eta} left",
                 ),
-                None => (ProgressBar::new_spinner(), "{spinner} {msg}: {human_pos} objects, {per_sec} ({elapsed})"),
+                None => (
+                    ProgressBar::new_spinner(),
+                    "{spinner} {msg}: {human_pos} objects, {per_sec} ({elapsed})",
+                ),
             };
             if let Ok(style) = ProgressStyle::with_template(template) {
                 bar.set_style(style.progress_chars("=> "));

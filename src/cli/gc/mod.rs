@@ -82,7 +82,10 @@ impl Store {
             Some(url) => url.clone(),
             None => context.dirs()?.embedded_store()?,
         };
-        Ok(Store { catalog: catalog::open(&url, &settings.s3)?, objects: catalog::objects(&url, &settings.s3)? })
+        Ok(Store {
+            catalog: catalog::open(&url, &settings.s3)?,
+            objects: catalog::objects(&url, &settings.s3)?,
+        })
     }
 
     fn url(&self) -> &StorageUrl {
@@ -94,7 +97,10 @@ impl EvidenceArgs {
     fn options(&self) -> Result<Options> {
         Ok(Options {
             gone_clusters: self.gone_cluster.iter().cloned().collect(),
-            patience: Patience { young: time("--min-age", &self.min_age)?, quiet: time("--quiet", &self.quiet)? },
+            patience: Patience {
+                young: time("--min-age", &self.min_age)?,
+                quiet: time("--quiet", &self.quiet)?,
+            },
             ..Options::default()
         })
     }
@@ -102,8 +108,9 @@ impl EvidenceArgs {
     /// Whoever can tell what refers to volumes. The journals of this node always can.
     fn witnesses(&self, store: &Store, context: &Context) -> Result<Vec<Box<dyn Witness>>> {
         if !self.no_kubernetes {
-            return Err(Error::usage("this version cannot ask a Kubernetes cluster what it refers to")
-                .hint("say --no-kubernetes: then no volume of a cluster is an orphan, whatever it looks like"));
+            return Err(Error::usage("this version cannot ask a Kubernetes cluster what it refers to").hint(
+                "say --no-kubernetes: then no volume of a cluster is an orphan, whatever it looks like",
+            ));
         }
         let run_dir = context.dirs()?.run;
         Ok(vec![Box::new(Journals { run_dir, url: store.url().clone() })])
@@ -129,10 +136,9 @@ fn collect<T>(
 }
 
 fn time(flag: &str, text: &str) -> Result<SignedDuration> {
-    humantime::parse_duration(text)
-        .ok()
-        .and_then(|d| SignedDuration::try_from(d).ok())
-        .ok_or_else(|| Error::usage(format!("invalid {flag} {text:?}")).hint("write a time such as 90s, 30m, 24h or 7d"))
+    humantime::parse_duration(text).ok().and_then(|d| SignedDuration::try_from(d).ok()).ok_or_else(|| {
+        Error::usage(format!("invalid {flag} {text:?}")).hint("write a time such as 90s, 30m, 24h or 7d")
+    })
 }
 
 /// What a person has to type: the bucket, or the last part of a folder's name.
