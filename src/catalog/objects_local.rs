@@ -30,7 +30,8 @@ impl LocalObjects {
     /// The entries of a folder by name, folders with a slash as in keys, so that they sort as a bucket's do. A folder that
     /// is not there is empty; a link or a file in its place holds nothing.
     fn entries(&self, below: &str) -> Result<Vec<(String, DirEntry)>> {
-        let folder = self.root.join(below);
+        // Without the slash: a path that ends with one follows a link.
+        let folder = self.root.join(below.trim_end_matches('/'));
         // The store itself may be reached by a link; what is in it may not.
         if !below.is_empty() && !fs::symlink_metadata(&folder).is_ok_and(|m| m.is_dir()) {
             return match fs::symlink_metadata(&folder) {
@@ -118,6 +119,13 @@ impl Objects for LocalObjects {
 
     fn delete(&self, volume: &VolumeId, keys: &[String]) -> Result<Vec<(String, Error)>> {
         only_of(volume, keys.iter().map(String::as_str))?;
+        if fs::symlink_metadata(self.root.join(volume.as_str())).is_ok_and(|m| !m.is_dir()) {
+            return Err(Error::refused(
+                "its folder is a link or a file, so what is behind it is not its own",
+            )
+            .on(volume)
+            .hint("look at it, and remove it by hand"));
+        }
         let mut failed = Vec::new();
         for key in keys {
             let path = self.root.join(key);
@@ -235,6 +243,7 @@ mod tests {
         let found = keys(&objects, &Below::volume(&vol1));
         assert_eq!(found, ["vol1/link", "vol1/manifest/1"]);
         assert!(objects.delete(&vol1, &["vol10/manifest/1".into()]).is_err());
+        assert!(objects.delete(&id("vol2"), &["vol2/manifest/1".into()]).is_err(), "it is a link to vol10");
         assert_eq!(keys(&objects, &Below::volume(&id("vol2"))), Vec::<String>::new());
         assert!(objects.tidy(&vol1).is_err(), "it is not empty");
         assert!(objects.delete(&vol1, &found).unwrap().is_empty());

@@ -249,7 +249,10 @@ pub(super) fn finish(lease: &Lease<'_>, threads: usize, watch: &dyn Watch) -> Ou
     match outcome {
         Ok(outcome) => outcome,
         Err(e) => {
-            lease.let_go();
+            // A request that was not answered may still be under way: then the next one must wait.
+            if e.kind() != Kind::Unreachable {
+                lease.let_go();
+            }
             Outcome::Failed(e.on(&lease.volume))
         }
     }
