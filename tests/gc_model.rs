@@ -803,7 +803,7 @@ fn due() -> (Model, VolumeId) {
         w.bucket.uploads.insert(format!("{volume}/compacted/x.sst"), "u".into());
     }
     let (marked, _) = run(&model, &options(Limit::default())).unwrap();
-    assert_eq!(marked.marked, [volume.clone()]);
+    assert_eq!(marked.marked, std::slice::from_ref(&volume));
     model.world().now += GRACE + 1;
     (model, volume)
 }

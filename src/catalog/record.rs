@@ -232,6 +232,7 @@ pub struct Claim {
 
 /// What a release comes to.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, written at once and dropped")]
 pub enum Release {
     /// The record to write.
     Done(VolumeRecord),

@@ -108,7 +108,7 @@ impl Tally {
             let Some(inside) = object.key.strip_prefix(&self.below) else { continue };
             let first = inside.find('/').map_or(inside, |slash| &inside[..=slash]);
             if !self.names.iter().any(|n| n == first) {
-                self.name(&first.to_owned());
+                self.name(first);
             }
             if first == MANIFEST && self.facts.manifest.as_ref().is_none_or(|m| *m < object.key) {
                 self.facts.manifest = Some(object.key.clone());

@@ -267,7 +267,8 @@ mod tests {
     #[test]
     fn an_orphan_is_one_only_if_everything_says_so() {
         assert_verdict(&case(|_| {}), Verdict::Orphan, "nothing in cluster c-1");
-        let doubts: [(fn(&mut Case), Verdict, &str); 14] = [
+        type Change = fn(&mut Case);
+        let doubts: [(Change, Verdict, &str); 14] = [
             (
                 |c| c.references.push(reference(ReferenceKind::PersistentVolume)),
                 Verdict::Live,
