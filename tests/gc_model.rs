@@ -1031,3 +1031,48 @@ fn a_scan_changes_nothing_and_gives_every_volume_a_reason() {
         assert!(scan.strange.contains(&"vol1.txt".to_owned()));
     }
 }
+
+#[test]
+fn whoever_wants_it_between_the_plan_and_the_last_look_keeps_it() {
+    type Change = fn(&mut World, &VolumeId);
+    let changes: [(Change, &str); 3] = [
+        (
+            |w, volume| _ = w.clusters.get_mut("c-1").unwrap().volumes.insert(volume.clone(), false),
+            "PersistentVolume",
+        ),
+        (
+            |w, volume| {
+                let now = w.now;
+                w.bucket.objects.insert(format!("{volume}/manifest/000002.manifest"), now);
+            },
+            "something wrote to it",
+        ),
+        (|w, volume| assert!(w.happen(volume, Event::AttachAndRelease)), "attached"),
+    ];
+    for (change, why) in changes {
+        let (model, volume) = due();
+        let apis = ["c-1", "c-2"].map(|c| Api { model: &model, cluster: c.to_owned() });
+        let witnesses: Vec<&dyn Witness> = apis.iter().map(|a| a as &dyn Witness).collect();
+        let collector = Collector {
+            catalog: &model,
+            objects: &model,
+            witnesses: &witnesses,
+            options: options(Limit::default()),
+            watch: &Unwatched,
+        };
+        let scan = collector.scan().unwrap();
+        let plan = collector.plan_sweep(&scan).unwrap();
+        assert_eq!(plan.lines.len(), 1);
+        change(&mut model.world(), &volume);
+        let swept = collector.sweep(&scan, &plan).unwrap();
+        match &swept.volumes[..] {
+            [(_, Outcome::Kept(reason))] => assert!(reason.contains(why), "{reason}"),
+            other => panic!("{why}: {other:?}"),
+        }
+        let w = model.world();
+        assert!(
+            w.doomed.is_empty() && w.bucket.records[&volume].0.mark().is_none(),
+            "{why}: it lost its mark"
+        );
+    }
+}
