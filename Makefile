@@ -8,10 +8,10 @@ export ZEROFSCTL_TOOLS ?= $(HOME)/.cache/zerofsctl/tools
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-long check fmt lint scripts-lint deny generate generated bench install clean
+.PHONY: help demo build test test-k8s test-long check fmt lint scripts-lint deny generate generated bench install clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A debug build: it is done in half the time of a release build, and the tests use it too.
 demo: ## The whole story on this machine, from nothing: needs root
@@ -27,6 +27,10 @@ test: ## All tests, with what they need: needs root
 	@scripts/setup test
 	$(CARGO) test --locked
 
+test-k8s: ## The tests with a real Kubernetes API server, which the first run builds: needs root
+	@scripts/setup test k8s
+	$(CARGO) test --locked --test gc_k8s
+
 # The same tests, with more cases of each property and more rounds of each crash test.
 test-long: export ZEROFSCTL_CASES ?= 5000
 test-long: export ZEROFSCTL_ROUNDS ?= 30
@@ -34,7 +38,7 @@ test-long: export PROPTEST_CASES ?= 5000
 test-long: test ## All tests with many more cases and rounds: takes an hour or more
 
 # The quick checks come first and the tests last.
-check: fmt lint scripts-lint deny generated test ## All that CI asks: format, lints, licences, generated files, tests
+check: fmt lint scripts-lint deny generated test test-k8s ## All that CI asks: format, lints, licences, generated files, tests
 
 fmt: ## Is everything formatted?
 	$(CARGO) fmt --all --check

@@ -71,6 +71,7 @@ pub mod step;
 
 pub mod host;
 pub mod catalog;
+pub mod k8s;
 pub mod keeper;
 pub mod zerofs;
 

@@ -25,6 +25,7 @@ use crate::catalog::{Catalog, Objects};
 use crate::error::{Error, Kind, Result};
 use crate::values::VolumeId;
 
+mod cluster;
 mod delete;
 pub mod evidence;
 mod journals;
@@ -36,6 +37,7 @@ mod scan;
 mod sweep;
 pub mod verdict;
 
+pub use cluster::ClusterWitness;
 pub use delete::{DeleteOptions, Deletion, delete_volume};
 pub use evidence::{Reference, ReferenceKind, Testimony, Witness};
 pub use journals::Journals;

@@ -10,6 +10,7 @@ pub mod dir;
 pub mod fio;
 pub mod http;
 pub mod keeper;
+pub mod kube;
 pub mod moto;
 pub mod proxy;
 pub mod script;

@@ -10,6 +10,8 @@ pub struct Request {
     pub method: String,
     /// With its query.
     pub path: String,
+    /// What it wants the answer to be, `Accept`; empty if it does not say.
+    pub accept: String,
     /// What it sends.
     pub body: Vec<u8>,
     /// How many came before it.
@@ -58,20 +60,21 @@ fn read_request(stream: &TcpStream) -> Option<Request> {
     reader.read_line(&mut line).ok()?;
     let mut words = line.split(' ');
     let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let mut length = 0;
+    let (mut length, mut accept) = (0, String::new());
     loop {
         let mut header = String::new();
         reader.read_line(&mut header).ok()?;
         if header.trim().is_empty() {
             break;
         }
-        if let Some((name, value)) = header.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
+        let Some((name, value)) = header.split_once(':') else { continue };
+        if name.eq_ignore_ascii_case("content-length") {
             length = value.trim().parse().ok()?;
+        } else if name.eq_ignore_ascii_case("accept") {
+            value.trim().clone_into(&mut accept);
         }
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
-    Some(Request { method, path, body, number: 0 })
+    Some(Request { method, path, accept, body, number: 0 })
 }

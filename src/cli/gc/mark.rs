@@ -12,9 +12,10 @@ use crate::report::{Report, gc};
 /// is never marked, named or not.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
-  zerofsctl gc-s3 mark --no-kubernetes --gone-cluster 6f1c3f0e --config zerofs.yaml
+  zerofsctl gc-s3 mark --context prod --context staging --config zerofs.yaml
+  zerofsctl gc-s3 mark --context prod --gone-cluster 6f1c3f0e --config zerofs.yaml
   zerofsctl gc-s3 mark vol7 vol8 --no-kubernetes --config zerofs.yaml
-  zerofsctl gc-s3 mark --dry-run --no-kubernetes --config zerofs.yaml")]
+  zerofsctl gc-s3 mark --dry-run --context prod --config zerofs.yaml")]
 pub struct MarkArgs {
     /// Only these; without names, every orphan
     volume: Vec<String>,

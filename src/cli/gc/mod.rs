@@ -1,10 +1,13 @@
+use std::collections::BTreeSet;
+
 use clap::{Args, Subcommand};
 use jiff::SignedDuration;
 
 use super::{Context, StorageArgs};
 use crate::catalog::{self, Catalog, Objects, Scheme, StorageUrl};
 use crate::error::{Error, Result};
-use crate::gc::{Collector, Journals, Options, Patience, Watch, Witness};
+use crate::gc::{ClusterWitness, Collector, Journals, Options, Patience, Watch, Witness};
+use crate::k8s::Cluster;
 use crate::report::Report;
 
 mod bar;
@@ -22,10 +25,11 @@ pub(super) use status::records;
 /// later, what is still marked and still an orphan. Until then an attach or restore takes the mark away.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
-  zerofsctl gc-s3 scan --no-kubernetes --config zerofs.yaml
+  zerofsctl gc-s3 scan --context prod --config zerofs.yaml
+  zerofsctl gc-s3 mark --context prod --context staging --config zerofs.yaml
   zerofsctl gc-s3 mark vol7 --no-kubernetes --config zerofs.yaml
   zerofsctl gc-s3 status --config zerofs.yaml
-  zerofsctl gc-s3 sweep --no-kubernetes --config zerofs.yaml")]
+  zerofsctl gc-s3 sweep --context prod --context staging --config zerofs.yaml")]
 pub struct GcArgs {
     #[command(subcommand)]
     command: GcCommand,
@@ -44,8 +48,12 @@ enum GcCommand {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Evidence")]
 pub struct EvidenceArgs {
+    /// A Kubernetes cluster to ask, by its context in the kubeconfig; repeatable, and all must answer. Without one: the
+    /// current context, or the cluster around this pod
+    #[arg(long, value_name = "CTX")]
+    context: Vec<String>,
     /// Ask no cluster: volumes of a cluster are then never orphans
-    #[arg(long)]
+    #[arg(long, conflicts_with = "context")]
     no_kubernetes: bool,
     /// A cluster that is gone for good: nothing in it refers to its volumes any more; repeatable
     #[arg(long, value_name = "ID")]
@@ -107,13 +115,18 @@ impl EvidenceArgs {
 
     /// Whoever can tell what refers to volumes. The journals of this node always can.
     fn witnesses(&self, store: &Store, context: &Context) -> Result<Vec<Box<dyn Witness>>> {
-        if !self.no_kubernetes {
-            return Err(Error::usage("this version cannot ask a Kubernetes cluster what it refers to").hint(
-                "say --no-kubernetes: then no volume of a cluster is an orphan, whatever it looks like",
-            ));
-        }
         let run_dir = context.dirs()?.run;
-        Ok(vec![Box::new(Journals { run_dir, url: store.url().clone() })])
+        let mut witnesses: Vec<Box<dyn Witness>> =
+            vec![Box::new(Journals { run_dir, url: store.url().clone() })];
+        let contexts: BTreeSet<Option<&str>> = match self.context.as_slice() {
+            _ if self.no_kubernetes => BTreeSet::new(),
+            [] => [None].into(),
+            named => named.iter().map(|c| Some(c.as_str())).collect(),
+        };
+        for name in contexts {
+            witnesses.push(Box::new(ClusterWitness::new(Cluster::connect(name)?)));
+        }
+        Ok(witnesses)
     }
 }
 

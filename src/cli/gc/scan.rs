@@ -12,7 +12,8 @@ use crate::report::{Report, gc};
 /// gone and its data was kept on purpose. orphan: nobody wants it. unknown: too little is known, so it is left alone.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
-  zerofsctl gc-s3 scan --no-kubernetes --config zerofs.yaml
+  zerofsctl gc-s3 scan --config zerofs.yaml                                  # the current context's cluster
+  zerofsctl gc-s3 scan --context prod --context staging --config zerofs.yaml
   zerofsctl gc-s3 scan --no-kubernetes --storage-url s3://bucket/prefix -o wide")]
 pub struct ScanArgs {
     #[command(flatten)]

@@ -17,9 +17,9 @@ use crate::values::ByteSize;
 /// object goes; one that somebody wants by then is unmarked. A deletion that was cut short is finished by the next sweep.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
-  zerofsctl gc-s3 sweep --no-kubernetes --config z.yaml
-  zerofsctl gc-s3 sweep --no-kubernetes --config z.yaml --plan plan.json          # writes it
-  zerofsctl gc-s3 sweep --no-kubernetes --config z.yaml --plan plan.json --yes    # runs it")]
+  zerofsctl gc-s3 sweep --context prod --config z.yaml
+  zerofsctl gc-s3 sweep --context prod --config z.yaml --plan plan.json          # writes it
+  zerofsctl gc-s3 sweep --context prod --config z.yaml --plan plan.json --yes    # runs it")]
 pub struct SweepArgs {
     /// How long a volume must have been marked
     #[arg(long, value_name = "TIME", default_value = "24h")]
