@@ -351,8 +351,10 @@ fn between(
     kube: &Arc<Kube>,
     mut meddle: impl FnMut(&Request, u16, Value) -> script::Answer + Send + 'static,
 ) -> Script {
-    let kube = kube.clone();
+    // The script's thread outlives the test, and must not keep the server with it.
+    let kube = Arc::downgrade(kube);
     Script::new(move |request| {
+        let kube = kube.upgrade()?;
         let asked =
             hyper::Request::get(&request.path).header("accept", &request.accept).body(Vec::new()).unwrap();
         let (status, body) = match kube.run(async |client| client.request_text(asked).await) {
@@ -396,14 +398,15 @@ fn marked(kube: &Kube, lab: &Lab, tag: &str) -> Vec<Value> {
 fn root_a_list_that_is_cut_short_or_makes_no_sense_deletes_nothing() {
     let (kube, lab) = (Kube::shared(), Lab::new());
     let pvs = marked(&kube, &lab, "d");
+    type Which = fn(&Request) -> bool;
     type Meddle = fn(Value) -> script::Answer;
-    let last_page = |r: &Request| r.path.contains("/persistentvolumes") && r.path.contains("continue=");
-    let first_page = |r: &Request| r.path.contains("/persistentvolumes") && !r.path.contains("continue=");
-    let pods = |r: &Request| r.path.contains("/pods");
-    let attachments = |r: &Request| r.path.contains("/volumeattachments");
-    let who = |r: &Request| r.path.contains("/namespaces/kube-system");
+    let last_page: Which = |r| r.path.contains("/persistentvolumes") && r.path.contains("continue=");
+    let first_page: Which = |r| r.path.contains("/persistentvolumes") && !r.path.contains("continue=");
+    let pods: Which = |r| r.path.contains("/pods");
+    let attachments: Which = |r| r.path.contains("/volumeattachments");
+    let who: Which = |r| r.path.contains("/namespaces/kube-system");
     let half: Meddle = |v| pass(200, &v).map(|text| text[..text.len() - 20].to_owned());
-    let cases: Vec<(&str, fn(&Request) -> bool, Meddle)> = vec![
+    let cases: Vec<(&str, Which, Meddle)> = vec![
         ("a last page that breaks off", last_page, half),
         ("a first page that breaks off", first_page, half),
         ("no answer", last_page, |_| None),
@@ -491,14 +494,14 @@ fn root_a_moment_that_is_forgotten_in_the_middle_of_a_list_is_read_anew() {
     let (kube, lab) = (Kube::shared(), Lab::new());
     let pvs = marked(&kube, &lab, "e");
     let codes = Arc::new(Mutex::new(Vec::new()));
-    let (noted, store) = (codes.clone(), kube.clone());
+    let (noted, store) = (codes.clone(), Arc::downgrade(&kube));
     let mut forgotten = false;
     let server = between(&kube, move |request, status, body| {
         if request.path.contains("/persistentvolumes") {
             noted.lock().unwrap().push(status);
             if !forgotten && body["metadata"]["continue"].as_str().is_some_and(|c| !c.is_empty()) {
                 forgotten = true;
-                store.forget_the_past();
+                store.upgrade()?.forget_the_past();
             }
         }
         pass(status, &body)

@@ -140,11 +140,7 @@ impl Kube {
             ]),
             &dir.join("apiserver.log"),
         );
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .expect("a runtime");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let mut client = None;
         server.wait("kube-apiserver", || {
             let Ok(ca) = fs::read_to_string(certificates.join("apiserver.crt")) else { return false };
