@@ -1,3 +1,5 @@
+// What scripts/setup builds for the group k8s: the API server of the tests. Kubernetes names its own modules by folders of its
+// repository; outside of it they are those of the same release, hence the replacements.
 module zerofsctl.invalid/tests/k8s
 
 go 1.26.0
