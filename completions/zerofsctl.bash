@@ -375,7 +375,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__gc__subcmd__s3__subcmd__mark)
-            opts="-h -o -v --max-delete --dry-run --storage-url --config --secret --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --max-delete --dry-run --storage-url --config --secret --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -394,6 +394,10 @@ _zerofsctl() {
                     return 0
                     ;;
                 --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --context)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -491,7 +495,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__gc__subcmd__s3__subcmd__scan)
-            opts="-h -o -v --storage-url --config --secret --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --storage-url --config --secret --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -506,6 +510,10 @@ _zerofsctl() {
                     return 0
                     ;;
                 --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --context)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -607,7 +615,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__gc__subcmd__s3__subcmd__sweep)
-            opts="-h -o -v --grace --max-delete --yes --plan --dry-run --storage-url --config --secret --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --grace --max-delete --yes --plan --dry-run --storage-url --config --secret --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -634,6 +642,10 @@ _zerofsctl() {
                     return 0
                     ;;
                 --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --context)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

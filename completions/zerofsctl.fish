@@ -191,6 +191,7 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fis
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l context -d 'A Kubernetes cluster to ask, by its context in the kubeconfig; repeatable, and all must answer. Without one: the current context, or the cluster around this pod' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l gone-cluster -d 'A cluster that is gone for good: nothing in it refers to its volumes any more; repeatable' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l min-age -d 'A volume whose record was written within this time may still be in the making' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l quiet -d 'Whoever wrote to a volume within this time may still be at it' -r
@@ -211,6 +212,7 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_se
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l context -d 'A Kubernetes cluster to ask, by its context in the kubeconfig; repeatable, and all must answer. Without one: the current context, or the cluster around this pod' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l gone-cluster -d 'A cluster that is gone for good: nothing in it refers to its volumes any more; repeatable' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l min-age -d 'A volume whose record was written within this time may still be in the making' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l quiet -d 'Whoever wrote to a volume within this time may still be at it' -r
@@ -234,6 +236,7 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_se
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l context -d 'A Kubernetes cluster to ask, by its context in the kubeconfig; repeatable, and all must answer. Without one: the current context, or the cluster around this pod' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l gone-cluster -d 'A cluster that is gone for good: nothing in it refers to its volumes any more; repeatable' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l min-age -d 'A volume whose record was written within this time may still be in the making' -r
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l quiet -d 'Whoever wrote to a volume within this time may still be at it' -r
