@@ -27,6 +27,12 @@ use super::{http, require_program, tools_dir};
 const START_LIMIT: Duration = Duration::from_secs(300);
 const AUDIENCE: &str = "https://kubernetes.default.svc.cluster.local";
 
+/// What stands before the point of a P-256 key in a SubjectPublicKeyInfo.
+const SPKI_P256: [u8; 26] = [
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86,
+    0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+];
+
 /// A running control plane. Dropping it ends both processes, and everything that was stored in it is gone.
 pub struct Kube {
     etcd: Child,
@@ -106,10 +112,13 @@ impl Kube {
         let random = ring::rand::SystemRandom::new();
         let key = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random).expect("a key");
         let key = key.as_ref().to_vec();
-        let pem = STANDARD.encode(&key);
-        let key_file = dir.join("service-account.key");
-        fs::write(&key_file, format!("-----BEGIN PRIVATE KEY-----\n{pem}\n-----END PRIVATE KEY-----\n"))
-            .unwrap();
+        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &key, &random).expect("a key");
+        let pem = |what: &str, der: &[u8]| {
+            format!("-----BEGIN {what} KEY-----\n{}\n-----END {what} KEY-----\n", STANDARD.encode(der))
+        };
+        fs::write(dir.join("service-account.key"), pem("PRIVATE", &key)).unwrap();
+        let public = [&SPKI_P256[..], ring::signature::KeyPair::public_key(&pair).as_ref()].concat();
+        fs::write(dir.join("service-account.pub"), pem("PUBLIC", &public)).unwrap();
         let mut bytes = [0; 24];
         ring::rand::SecureRandom::fill(&random, &mut bytes).expect("random bytes");
         let admin_token = URL_SAFE_NO_PAD.encode(bytes);
@@ -130,7 +139,7 @@ impl Kube {
                 "--authorization-mode=RBAC".into(),
                 format!("--token-auth-file={}", file("tokens.csv")),
                 format!("--service-account-issuer={AUDIENCE}"),
-                format!("--service-account-key-file={}", file("service-account.key")),
+                format!("--service-account-key-file={}", file("service-account.pub")),
                 format!("--service-account-signing-key-file={}", file("service-account.key")),
                 "--service-cluster-ip-range=10.0.0.0/24".into(),
                 // Both wait for controllers that are not there.
