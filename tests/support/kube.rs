@@ -144,6 +144,8 @@ impl Kube {
                 "--service-cluster-ip-range=10.0.0.0/24".into(),
                 // Both wait for controllers that are not there.
                 "--disable-admission-plugins=ServiceAccount,StorageObjectInUseProtection".into(),
+                // Otherwise it remembers moments that etcd has forgotten, as older servers do not.
+                "--feature-gates=ListFromCacheSnapshot=false".into(),
                 "--etcd-compaction-interval=0".into(),
                 "--profiling=false".into(),
             ]),
