@@ -8,10 +8,10 @@ export ZEROFSCTL_TOOLS ?= $(HOME)/.cache/zerofsctl/tools
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-vm test-nbd test-long check fmt lint scripts-lint deny generate generated bench bench-nbd bench-rounds install clean
+.PHONY: help demo build test test-vm test-nbd test-k8s test-long check fmt lint scripts-lint deny generate generated bench bench-nbd bench-rounds install clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A debug build: it is done in half the time of a release build, and the tests use it too.
 demo: ## The whole story on this machine, from nothing: needs root
@@ -37,6 +37,10 @@ test-nbd: ## The same on this machine: needs root and the kernel's nbd module (m
 	@scripts/setup test
 	@scripts/vm-test here
 
+test-k8s: ## The tests with a real Kubernetes API server, which the first run builds: needs root
+	@scripts/setup test k8s
+	$(CARGO) test --locked --test gc_k8s
+
 # Everything that takes long, with full counts: PART is one or more of the parts that scripts/test-long lists.
 PART ?= all
 test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills nbd-matrix nbd-leaks csi"): needs root
@@ -44,7 +48,7 @@ test-long: ## The crash tests with full counts, and many more cases (PART="kills
 	scripts/test-long $(PART)
 
 # The quick checks come first and the tests last.
-check: fmt lint scripts-lint deny generated test ## All that CI asks: format, lints, licences, generated files, tests
+check: fmt lint scripts-lint deny generated test test-k8s ## All that CI asks: format, lints, licences, generated files, tests
 
 fmt: ## Is everything formatted?
 	$(CARGO) fmt --all --check

@@ -46,6 +46,8 @@ complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "fsck" -d 'Check
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "recover" -d 'Settle what killed commands and killed keepers left'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "watch" -d 'Start the next keeper of each volume whose keeper died'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "nbd" -d 'See, watch and tidy up the kernel\'s NBD devices; ask an NBD server what it has'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "gc-s3" -d 'Find and delete what deleted volumes left in the bucket, and nothing else'
+complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "volume" -d 'Look at the catalog in the bucket, and take records out of it'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "zerofs" -d 'Tell what is known of ZeroFS itself'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "demo" -d 'Try it out: attach, write, detach, compare, resize, check, clean up'
 complete -c zerofsctl -n "__fish_zerofsctl_needs_command" -f -a "csi" -d 'Serve CSI, for Kubernetes and other orchestrators'
@@ -257,6 +259,181 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen
 json\t'One JSON object per line'"
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -s h -l help -d 'Print this help'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from watch" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -f -a "scan" -d 'Give every volume in the bucket a verdict; change nothing'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -f -a "mark" -d 'Mark orphans, or the volumes that you name, for deletion; a sweep deletes them later'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -f -a "sweep" -d 'Delete the volumes that were marked long enough ago and are still orphans'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -f -a "restore" -d 'Take the mark of a volume away, and keep it'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and not __fish_seen_subcommand_from scan mark sweep restore status" -f -a "status" -d 'List the volumes that are marked or being deleted, and when they are due'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l context -d 'A Kubernetes cluster to ask, by its context in the kubeconfig; repeatable, and all must answer. Without one: the current context, or the cluster around this pod' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l gone-cluster -d 'A cluster that is gone for good: nothing in it refers to its volumes any more; repeatable' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l min-age -d 'A volume whose record was written within this time may still be in the making' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l quiet -d 'Whoever wrote to a volume within this time may still be at it' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -l no-kubernetes -d 'Ask no cluster: volumes of a cluster are then never orphans'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from scan" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l max-delete -d 'Mark nothing at all if it would be more than so many volumes, or so many of a hundred' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l context -d 'A Kubernetes cluster to ask, by its context in the kubeconfig; repeatable, and all must answer. Without one: the current context, or the cluster around this pod' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l gone-cluster -d 'A cluster that is gone for good: nothing in it refers to its volumes any more; repeatable' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l min-age -d 'A volume whose record was written within this time may still be in the making' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l quiet -d 'Whoever wrote to a volume within this time may still be at it' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l dry-run -d 'Only tell what would be marked'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -l no-kubernetes -d 'Ask no cluster: volumes of a cluster are then never orphans'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from mark" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l grace -d 'How long a volume must have been marked' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l max-delete -d 'Delete nothing at all if it would be more than so many volumes, or so many of a hundred' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l plan -d 'Write the plan there; with --yes run it, if a new scan comes to the same' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l context -d 'A Kubernetes cluster to ask, by its context in the kubeconfig; repeatable, and all must answer. Without one: the current context, or the cluster around this pod' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l gone-cluster -d 'A cluster that is gone for good: nothing in it refers to its volumes any more; repeatable' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l min-age -d 'A volume whose record was written within this time may still be in the making' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l quiet -d 'Whoever wrote to a volume within this time may still be at it' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l yes -d 'Delete without asking'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l dry-run -d 'Only tell what would be deleted'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -l no-kubernetes -d 'Ask no cluster: volumes of a cluster are then never orphans'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from sweep" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from restore" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l grace -d 'How long a volume must have been marked, as the sweep has it' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand gc-s3; and __fish_seen_subcommand_from status" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -f -a "list" -d 'List the records of all volumes'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -f -a "show" -d 'Show the record of a volume'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and not __fish_seen_subcommand_from list show forget" -f -a "forget" -d 'Remove the record of a volume that has no data any more'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from list" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from show" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -l storage-url -d 's3://BUCKET/PREFIX or file:///FOLDER [default: a store on this machine]' -r
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -l config -d 'Settings: ConfigMap keys as a plain map, or Kubernetes manifests' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -l secret -d 'Secret manifests, if they are not in the --config file; repeatable' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
+wide\t'The table with more columns'
+json\t'One JSON object'
+yaml\t'The same as YAML'
+name\t'Bare names, one per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -l state-dir -d 'For configs, caches, logs and the embedded store' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -l run-dir -d 'For journals, locks and sockets' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -l zerofs-bin -d 'The zerofs program; else the one in PATH, or in the tools folder' -r -F
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
+json\t'One JSON object per line'"
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -s h -l help -d 'Print this help'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand volume; and __fish_seen_subcommand_from forget" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand zerofs; and not __fish_seen_subcommand_from versions" -s o -l output -d 'Print the answer as table, wide, json, yaml or name' -r -f -a "table\t'A table for people'
 wide\t'The table with more columns'
 json\t'One JSON object'

@@ -64,6 +64,7 @@ pub mod csi;
 pub mod report;
 
 pub mod watch;
+pub mod gc;
 pub mod ops;
 pub mod run;
 pub mod journal;
@@ -72,6 +73,7 @@ pub mod step;
 
 pub mod host;
 pub mod catalog;
+pub mod k8s;
 pub mod keeper;
 pub mod zerofs;
 

@@ -4,7 +4,6 @@
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
@@ -16,6 +15,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use support::dir::TestDir;
 use support::moto::Moto;
+use support::script::{Answer, Script, answer};
 use zerofsctl::catalog::{
     Catalog, ClaimOptions, DataPrefix, Family, Owner, State, StorageUrl, Tag, VolumeRecord, Written, open,
 };
@@ -547,71 +547,6 @@ fn a_host_that_does_not_exist_and_plain_http_are_told() {
     settings.endpoint = Some(format!("https://{}", server.address));
     let e = open(&url, &settings).unwrap().get(&id("vol1")).unwrap_err();
     assert_error(&e, Kind::Unreachable, &["does not answer"]);
-}
-
-/// A request as the scripted server saw it.
-struct Request {
-    method: String,
-    path: String,
-    body: Vec<u8>,
-    number: usize,
-}
-
-/// An answer in full; none closes the connection without one.
-type Answer = Option<String>;
-
-fn answer(status: u16, body: &str) -> Answer {
-    Some(format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len()))
-}
-
-/// An HTTP server that answers as a test says.
-struct Script {
-    address: SocketAddr,
-}
-
-impl Script {
-    fn new(mut script: impl FnMut(&Request) -> Answer + Send + 'static) -> Script {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        // It ends with the test's process; it holds nothing but a port.
-        std::thread::spawn(move || {
-            for (number, stream) in listener.incoming().enumerate() {
-                let Ok(stream) = stream else { continue };
-                let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
-                if let Some(mut request) = read_request(&stream) {
-                    request.number = number;
-                    if let Some(text) = script(&request) {
-                        let _ = (&stream).write_all(text.as_bytes());
-                    }
-                }
-            }
-        });
-        Script { address }
-    }
-}
-
-fn read_request(stream: &TcpStream) -> Option<Request> {
-    let mut reader = BufReader::new(stream);
-    let mut line = String::new();
-    reader.read_line(&mut line).ok()?;
-    let mut words = line.split(' ');
-    let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let mut length = 0;
-    loop {
-        let mut header = String::new();
-        reader.read_line(&mut header).ok()?;
-        if header.trim().is_empty() {
-            break;
-        }
-        if let Some((name, value)) = header.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
-            length = value.trim().parse().ok()?;
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    Some(Request { method, path, body, number: 0 })
 }
 
 #[test]

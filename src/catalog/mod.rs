@@ -9,9 +9,14 @@
 mod lazy;
 mod local;
 mod provision;
+mod objects;
+mod objects_local;
+mod objects_s3;
+mod pace;
 mod record;
 mod removal;
 mod s3;
+mod tombstone;
 mod url;
 
 use rand::TryRngCore;
@@ -22,11 +27,15 @@ use crate::values::VolumeId;
 
 pub use lazy::LazyCatalog;
 pub use local::LocalCatalog;
+pub use objects::{Below, MAX_BATCH, Object, Objects, Page, Upload};
+pub use objects_local::LocalObjects;
+pub use objects_s3::S3Objects;
 pub use provision::{Provision, Published};
 pub use record::{
     Claim, ClaimOptions, ClaimedAs, Content, FORMAT, Owner, Relation, Release, State, VolumeRecord,
 };
 pub use s3::S3Catalog;
+pub use tombstone::{MarkedBy, Sweeper, Tombstone};
 pub use url::{Scheme, StorageUrl};
 
 /// The folder of the store that holds what is ours. No volume can have this name.
@@ -46,10 +55,26 @@ pub fn open(url: &StorageUrl, s3: &S3Settings) -> Result<Box<dyn Catalog>> {
     })
 }
 
+/// Opens the objects of the store at `url`, for the collector.
+pub fn objects(url: &StorageUrl, s3: &S3Settings) -> Result<Box<dyn Objects>> {
+    Ok(match url.scheme() {
+        Scheme::File(_) => Box::new(LocalObjects::new(url)?),
+        Scheme::S3 { .. } => Box::new(S3Objects::new(url.clone(), s3)?),
+    })
+}
+
 /// Which write of a record this is; an update says with it what it replaces. It is meaningful only to the
 /// catalog that gave it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tag(pub(crate) String);
+
+impl Tag {
+    /// A tag of a catalog that is made for tests.
+    #[doc(hidden)]
+    pub fn of_model(text: String) -> Tag {
+        Tag(text)
+    }
+}
 
 impl std::fmt::Debug for Tag {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -129,9 +154,16 @@ pub trait Catalog: Send + Sync {
     fn delete_data(&self, id: &VolumeId, stop: &dyn Fn() -> bool) -> Result<u64>;
 }
 
+/// Whether ZeroFS makes this name directly under a volume's prefix; folders end with a slash.
+pub(crate) fn is_of_zerofs(name: &str) -> bool {
+    matches!(name, "zerofs.key" | "segments/" | "compactions/" | "gc/" | "wal/" | "manifest/" | "compacted/")
+        || name == ".zerofs_bucket_id"
+        || name.starts_with(".zerofs_compatibility_test_")
+}
+
 /// Judges the names directly under a volume's prefix; folders end with a slash. ZeroFS marks win over strange
 /// names, since a later version may write names that we do not know.
-fn judge<'a>(names: impl IntoIterator<Item = &'a str>) -> DataPrefix {
+pub(crate) fn judge<'a>(names: impl IntoIterator<Item = &'a str>) -> DataPrefix {
     let (mut old, mut new, mut probe, mut foreign) = (false, false, false, None);
     for name in names {
         match name {
@@ -152,7 +184,7 @@ fn judge<'a>(names: impl IntoIterator<Item = &'a str>) -> DataPrefix {
 }
 
 /// The volume of a record's file name; an error item for the listing when it is not one.
-fn id_of(name: &str) -> Result<VolumeId> {
+pub(crate) fn id_of(name: &str) -> Result<VolumeId> {
     name.strip_suffix(".json").and_then(|id| id.parse().ok()).ok_or_else(|| {
         let shown: String = name.chars().take(80).flat_map(char::escape_debug).collect();
         Error::refused(format!("the catalog contains {shown:?}, which is not the name of a record"))
@@ -161,7 +193,7 @@ fn id_of(name: &str) -> Result<VolumeId> {
 }
 
 /// Makes a write distinct from every other.
-fn nonce() -> Result<String> {
+pub(crate) fn nonce() -> Result<String> {
     let number = rand::rngs::OsRng
         .try_next_u64()
         .map_err(|e| Error::environment(format!("the kernel gives no random numbers: {e}")))?;

@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::tombstone::{Sweeper, Tombstone};
 use crate::error::{Error, Kind, Result};
 use crate::password::PasswordCheck;
 use crate::values::{ByteSize, FsType, VolumeId};
@@ -74,6 +75,12 @@ pub struct VolumeRecord {
     /// Settings of its own, over those of the installation; see [`crate::settings::MUTABLE_KEYS`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tuning: BTreeMap<String, String>,
+    /// Set when it is to be deleted after a grace period.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tombstone: Option<Tombstone>,
+    /// Who deletes its data, in the state `deleting`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sweeper: Option<Sweeper>,
     /// Fields of this format that this version does not know, kept as they are.
     #[serde(flatten)]
     pub extra: BTreeMap<String, Value>,
@@ -274,6 +281,8 @@ impl VolumeRecord {
             lost: None,
             wanted: None,
             tuning: BTreeMap::new(),
+            tombstone: None,
+            sweeper: None,
             extra: BTreeMap::new(),
         }
     }
@@ -353,6 +362,8 @@ impl VolumeRecord {
         if record.filesystem.is_none() && record.content.allows_format() {
             record.filesystem = ask.filesystem;
         }
+        // Whoever attaches it wants it.
+        record.tombstone = None;
         if ask.zerofs_version.is_some() {
             record.zerofs_version.clone_from(&ask.zerofs_version);
         }
@@ -447,10 +458,12 @@ impl VolumeRecord {
         Ok(VolumeRecord { state: State::Deleting, ..self.clone() })
     }
 
-    fn not_deleting(&self) -> Result<()> {
+    pub(super) fn not_deleting(&self) -> Result<()> {
         if self.state == State::Deleting {
-            return Err(Error::refused("it is being deleted")
-                .hint("wait until it is gone, or use another volume name"));
+            return Err(Error::refused("it is being deleted, and part of its data may be gone").hint(
+                "use another volume name, or wait until it is gone: zerofsctl gc-s3 status; \
+                 to finish a deletion that was cut short: zerofsctl gc-s3 sweep",
+            ));
         }
         Ok(())
     }
@@ -517,6 +530,8 @@ impl VolumeRecord {
             .chain(&record.zerofs_version)
             .chain(&record.lost)
             .chain(record.published.iter().flat_map(|p| [&p.node, &p.mode]))
+            .chain(record.tombstone.iter().flat_map(|t| std::iter::once(&t.why).chain(&t.manifest)))
+            .chain(record.sweeper.iter().map(|s| &s.nonce))
             .any(|t| t.len() > 1024 || t.chars().any(char::is_control))
         {
             return Err(damaged("a name in it is too long or has control characters".to_owned()));
@@ -828,6 +843,37 @@ mod tests {
             "content":"never","epoch":0,"state":"ready"}"#;
         let (record, nonce) = VolumeRecord::decode(&id(), minimal.as_bytes()).unwrap();
         assert_eq!((record.owner, nonce.as_str()), (None, ""));
+    }
+
+    /// What versions with a collector write. It must parse for ever.
+    const FORMAT_1_MARKED: &str = r#"{
+      "format": 1, "id": "vol1", "capacity": 1073741824, "created": "2026-11-20T18:00:00Z", "cluster": "c-1",
+      "content": "formatted", "adopted": false, "epoch": 3, "state": "ready",
+      "tombstone": {"at": "2026-11-26T10:00:00Z", "by": "scan", "why": "no PersistentVolume refers to it", "epoch": 3,
+        "manifest": "vol1/manifest/00000000000000000042.manifest", "grace_seconds": 86400},
+      "sweeper": {"nonce": "0011223344556677", "until": "2026-11-27T10:02:00Z", "others_until": "2026-11-27T10:01:00Z"}
+    }"#;
+
+    #[test]
+    fn a_marked_record_parses() {
+        let (record, _) = VolumeRecord::decode(&id(), FORMAT_1_MARKED.as_bytes()).unwrap();
+        let mark = record.mark().expect("it counts");
+        assert_eq!((mark.by, mark.grace_seconds), (crate::catalog::MarkedBy::Scan, Some(86400)));
+        assert!(record.extra.is_empty() && record.sweeper.is_some());
+        let again = record.encode("x").unwrap();
+        assert_eq!(VolumeRecord::decode(&id(), again.as_bytes()).unwrap().0, record);
+        for (from, to) in [
+            ("\"scan\"", "\"whim\""),
+            ("no PersistentVolume", "no \\u001b[2J"),
+            ("2026-11-26T10:00:00Z", "yesterday"),
+        ] {
+            let bad = FORMAT_1_MARKED.replace(from, to);
+            assert_eq!(
+                VolumeRecord::decode(&id(), bad.as_bytes()).unwrap_err().kind(),
+                Kind::Refused,
+                "{to}"
+            );
+        }
     }
 
     #[test]

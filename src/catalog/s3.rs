@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
-use object_store::client::{HttpError, HttpErrorKind};
+use object_store::client::{HttpClient, HttpConnector, HttpError, HttpErrorKind, ReqwestConnector};
 use object_store::list::{PaginatedListOptions, PaginatedListStore};
 use object_store::path::Path;
 use object_store::{
@@ -41,7 +41,7 @@ pub struct S3Catalog {
     prefix: String,
     endpoint: String,
     has_keys: bool,
-    store: AmazonS3,
+    pub(super) store: AmazonS3,
     runtime: Runtime,
 }
 
@@ -61,6 +61,11 @@ impl S3Catalog {
     /// Only what `settings` says counts, not `AWS_*` of the environment or `~/.aws`: ZeroFS must see the same.
     /// Without keys, the role of the node is asked (EC2 metadata).
     pub fn new(url: StorageUrl, settings: &S3Settings) -> Result<Self> {
+        Self::with_retries(url, settings, 4)
+    }
+
+    /// The same, with another number of retries inside the client.
+    pub(super) fn with_retries(url: StorageUrl, settings: &S3Settings, max_retries: usize) -> Result<Self> {
         let Scheme::S3 { bucket, prefix } = url.scheme() else {
             return Err(Error::usage(format!("{url} is not a bucket")).hint("write s3://BUCKET/PREFIX"));
         };
@@ -75,19 +80,14 @@ impl S3Catalog {
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(&bucket)
             .with_allow_http(allow_http)
-            .with_client_options(
-                ClientOptions::new()
-                    .with_allow_http(allow_http)
-                    .with_connect_timeout(CONNECT_LIMIT)
-                    .with_timeout(REQUEST_LIMIT),
-            )
+            .with_client_options(client_options(allow_http))
             .with_retry(RetryConfig {
                 backoff: BackoffConfig {
                     init_backoff: Duration::from_millis(100),
                     max_backoff: Duration::from_secs(1),
                     base: 2.0,
                 },
-                max_retries: 4,
+                max_retries,
                 retry_timeout: RETRY_LIMIT,
             });
         if let Some(endpoint) = &settings.endpoint {
@@ -148,7 +148,11 @@ impl S3Catalog {
     }
 
     /// Runs one exchange with the server. Credentials of a role are fetched first, for an error of their own.
-    fn run<T>(&self, what: &str, work: impl Future<Output = object_store::Result<T>>) -> Result<Answer<T>> {
+    pub(super) fn run<T>(
+        &self,
+        what: &str,
+        work: impl Future<Output = object_store::Result<T>>,
+    ) -> Result<Answer<T>> {
         self.runtime.block_on(async {
             if !self.has_keys {
                 let role = tokio::time::timeout(ROLE_LIMIT, self.store.credentials().get_credential()).await;
@@ -184,7 +188,13 @@ impl S3Catalog {
                     .hint("check that awsEndpoint is an S3 server"),
             });
         };
-        let body = body.as_str();
+        self.refused(what, status, &body)
+    }
+
+    /// The same, for an answer that is at hand: its status, and its text.
+    pub(super) fn refused<T>(&self, what: &str, status: u16, body: &str) -> Result<Answer<T>> {
+        let failed =
+            |kind, why: &str| Error::new(kind, format!("cannot {what} in bucket {}: {why}", self.bucket));
         let code = element(body, "Code").unwrap_or_default();
         let says = if code.is_empty() {
             format!("the server answers {status}")
@@ -223,7 +233,7 @@ impl S3Catalog {
         })
     }
 
-    fn no_answer(&self, what: &str, http: &HttpError) -> Error {
+    pub(super) fn no_answer(&self, what: &str, http: &HttpError) -> Error {
         // The chain below holds addresses and reasons of the operating system, no headers and no bodies.
         let reason = chain(http).last().map(ToString::to_string).unwrap_or_default();
         let reason: String = reason.chars().take(200).filter(|c| !c.is_control()).collect();
@@ -328,8 +338,23 @@ impl S3Catalog {
     }
 }
 
+fn client_options(allow_http: bool) -> ClientOptions {
+    ClientOptions::new()
+        .with_allow_http(allow_http)
+        .with_connect_timeout(CONNECT_LIMIT)
+        .with_timeout(REQUEST_LIMIT)
+}
+
+/// A client for requests that object_store has no name for.
+pub(super) fn http_client(settings: &S3Settings) -> Result<HttpClient> {
+    ReqwestConnector::default().connect(&client_options(settings.allow_http.unwrap_or(false))).map_err(|_| {
+        Error::environment("cannot start the S3 client")
+            .hint("check the proxy settings and the system's certificates")
+    })
+}
+
 /// An answer that a caller has to tell apart.
-enum Answer<T> {
+pub(super) enum Answer<T> {
     Ok(T),
     NoSuchKey,
     NotAsExpected,

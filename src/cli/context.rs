@@ -78,7 +78,9 @@ pub(super) fn init_log(verbose: u8, json: bool) {
         1 => LevelFilter::INFO,
         _ => LevelFilter::DEBUG,
     };
-    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level);
+    // The Kubernetes client logs whole answers that it does not understand. What goes wrong with it is in our errors.
+    let filter = tracing_subscriber::EnvFilter::new(format!("{level},kube_client=off"));
+    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
     let _ = if json {
         builder.with_target(false).json().flatten_event(true).try_init()
     } else {
@@ -146,6 +148,16 @@ impl Context {
     /// In which form the answer is wanted.
     pub fn format(&self) -> Format {
         self.global.output
+    }
+
+    /// From here on a first Ctrl-C ends the work at the next safe place; a second one kills.
+    pub fn catch_signals(&self) {
+        catch_signals();
+    }
+
+    /// Whether standard error is to be JSON lines.
+    pub fn json_log(&self) -> bool {
+        self.global.log_format == super::LogFormat::Json
     }
 
     /// What takes a plan through, with its progress shown. From here on a first Ctrl-C waits for the step at hand.

@@ -17,6 +17,7 @@ mod demo;
 mod detach;
 mod device;
 mod fsck;
+mod gc;
 mod generate;
 mod keeper;
 mod list;
@@ -26,6 +27,7 @@ mod recover;
 mod resize;
 mod show;
 mod watch;
+mod volume;
 mod zerofs;
 
 pub use context::Context;
@@ -139,6 +141,9 @@ enum Command {
     Recover(recover::RecoverArgs),
     Watch(watch::WatchArgs),
     Nbd(nbd::NbdArgs),
+    #[command(name = "gc-s3")]
+    Gc(gc::GcArgs),
+    Volume(volume::VolumeArgs),
     Zerofs(zerofs::ZerofsArgs),
     Demo(demo::DemoArgs),
     Csi(csi::CsiArgs),
@@ -219,6 +224,8 @@ fn run(command: Command, context: &Context, global: &Global) -> Result<Report> {
         Command::Recover(args) => recover::run(&args, context),
         Command::Watch(args) => watch::run(&args, context),
         Command::Nbd(args) => nbd::run(&args, context, context.format()),
+        Command::Gc(args) => gc::run(&args, context),
+        Command::Volume(args) => volume::run(&args, context),
         Command::Zerofs(args) => zerofs::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
         Command::Csi(args) => csi::run(&args, context, global),

@@ -12,6 +12,7 @@ use crate::journal::Outcome;
 use crate::run::{Preview, RunReport, Would};
 
 pub mod nbd;
+pub mod gc;
 pub mod operation;
 pub mod volume;
 

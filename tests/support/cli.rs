@@ -88,7 +88,14 @@ impl Node {
 
     fn surround(&self, command: &mut Command) {
         // What a developer has set must not change the outcome.
-        for name in ["ZEROFS_ENCRYPTION_PASSWORD", "ZEROFS_ENCRYPTION_PASSWORD_FILE", "NODE_ID", "RUST_LOG"] {
+        for name in [
+            "ZEROFS_ENCRYPTION_PASSWORD",
+            "ZEROFS_ENCRYPTION_PASSWORD_FILE",
+            "NODE_ID",
+            "RUST_LOG",
+            "KUBECONFIG",
+            "KUBERNETES_SERVICE_HOST",
+        ] {
             command.env_remove(name);
         }
         for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("AWS_")) {
@@ -97,6 +104,8 @@ impl Node {
         command
             .env("ZEROFSCTL_STATE_DIR", self.state())
             .env("ZEROFSCTL_RUN_DIR", self.run_root())
+            // A developer's own cluster is none of the tests' business.
+            .env("HOME", self.dir.path())
             .env("ZEROFS_BIN", zerofs_bin())
             .env_remove("ZEROFSCTL_TEST_KILL")
             .current_dir(self.dir.path())

@@ -29,11 +29,29 @@ pub fn request(
     body: &[u8],
     limit: Duration,
 ) -> io::Result<Answer> {
+    send(server, &format!("{method} {path} HTTP/1.1\r\nAuthorization: {SIGNED}"), body, limit)
+}
+
+/// The same, for a server that takes a signature amiss. In the old version of HTTP, so that the answer comes in one piece.
+///
+/// # Errors
+/// As for [`request`].
+pub fn unsigned(
+    server: SocketAddr,
+    method: &str,
+    path: &str,
+    body: &[u8],
+    limit: Duration,
+) -> io::Result<Answer> {
+    send(server, &format!("{method} {path} HTTP/1.0"), body, limit)
+}
+
+fn send(server: SocketAddr, head: &str, body: &[u8], limit: Duration) -> io::Result<Answer> {
     let mut stream = TcpStream::connect_timeout(&server, limit)?;
     stream.set_read_timeout(Some(limit))?;
     stream.set_write_timeout(Some(limit))?;
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\nAuthorization: {SIGNED}\r\n\
+        "{head}\r\nHost: {server}\r\nConnection: close\r\n\
          Content-Type: application/octet-stream\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );

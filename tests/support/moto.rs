@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use zerofsctl::password::Secret;
+use zerofsctl::settings::{AwsCredentials, S3Settings};
 use zerofsctl::zerofs::config::Aws;
 
 use super::http;
@@ -85,6 +87,44 @@ impl Moto {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// What the library needs to reach it.
+    pub fn settings(&self) -> S3Settings {
+        S3Settings {
+            endpoint: Some(format!("http://{}", self.address)),
+            region: None,
+            allow_http: Some(true),
+            credentials: Some(AwsCredentials {
+                access_key_id: Secret::new("test".into()),
+                secret_access_key: Secret::new("test".into()),
+                session_token: None,
+            }),
+        }
+    }
+
+    /// Puts an object.
+    #[track_caller]
+    pub fn put(&self, bucket: &str, key: &str, body: &[u8]) {
+        let answer = http::request(self.address, "PUT", &format!("/{bucket}/{key}"), body, REQUEST_LIMIT)
+            .expect("moto answers");
+        assert_eq!(answer.status, 200, "{key}: {}", String::from_utf8_lossy(&answer.body));
+    }
+
+    /// Begins an upload in parts, which is then left alone.
+    #[track_caller]
+    pub fn begin_upload(&self, bucket: &str, key: &str) {
+        let path = format!("/{bucket}/{key}?uploads");
+        let answer = http::request(self.address, "POST", &path, b"", REQUEST_LIMIT).expect("moto answers");
+        assert_eq!(answer.status, 200, "{key}: {}", String::from_utf8_lossy(&answer.body));
+    }
+
+    /// The text of a plain GET, such as `/vols?uploads`.
+    #[track_caller]
+    pub fn text(&self, path: &str) -> String {
+        let answer = http::request(self.address, "GET", path, b"", REQUEST_LIMIT).expect("moto answers");
+        assert_eq!(answer.status, 200, "{path}");
+        String::from_utf8(answer.body).expect("UTF-8")
     }
 
     /// Makes a bucket.

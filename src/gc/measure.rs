@@ -1,0 +1,218 @@
+//! What lies under a volume's prefix: counted page by page, so in memory that does not depend on how much it is.
+
+use super::Watch;
+use super::evidence::Facts;
+use crate::catalog::{self, Below, DataPrefix, Object, Objects};
+use crate::error::{Error, Kind, Result};
+use crate::values::VolumeId;
+
+/// The folder of manifests.
+const MANIFEST: &str = "manifest/";
+
+/// Counts all objects of a volume. `threads` shares large volumes out by folder.
+pub(super) fn measure(
+    objects: &dyn Objects,
+    volume: &VolumeId,
+    threads: usize,
+    watch: &dyn Watch,
+) -> Result<Facts> {
+    let below = Below::volume(volume);
+    let mut tally = Tally::new(&below);
+    let first = objects.page(&below, false, None).map_err(|e| e.on(volume))?;
+    tally.take(&first.objects, watch);
+    let Some(next) = first.next else { return Ok(tally.facts()) };
+    // What is not a volume may have any size, and is nobody's to count here.
+    if tally.names.iter().any(|n| !catalog::is_of_zerofs(n)) {
+        return Ok(Facts { objects: None, bytes: 0, ..tally.facts() });
+    }
+    if threads <= 1 {
+        tally.rest(objects, &below, Some(next), watch).map_err(|e| e.on(volume))?;
+        return Ok(tally.facts());
+    }
+    // More than a page: from the beginning again, a folder each.
+    let level = Below::volume(volume);
+    let mut whole = Tally::new(&below);
+    let (mut folders, mut next) = (Vec::new(), None);
+    loop {
+        let page = objects.page(&level, true, next.as_deref()).map_err(|e| e.on(volume))?;
+        whole.take(&page.objects, watch);
+        folders.extend(page.folders);
+        next = page.next;
+        if next.is_none() {
+            break;
+        }
+    }
+    let whole = std::sync::Mutex::new(whole);
+    super::in_parallel(threads, folders, |folder| {
+        let mut part = Tally::new(&below);
+        part.rest(objects, &below.folder(&folder), None, watch).map_err(|e| e.on(volume))?;
+        whole.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(part);
+        Ok(())
+    })?;
+    Ok(whole.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).facts())
+}
+
+/// Only what it is and what was written last, by a look at the first level and at the manifests: for a last look.
+pub(super) fn glance(objects: &dyn Objects, volume: &VolumeId, watch: &dyn Watch) -> Result<Facts> {
+    let below = Below::volume(volume);
+    let mut tally = Tally::new(&below);
+    let mut next = None;
+    loop {
+        let page = objects.page(&below, true, next.as_deref()).map_err(|e| e.on(volume))?;
+        tally.take(&page.objects, &super::Unwatched);
+        page.folders.iter().for_each(|f| tally.name(f));
+        next = page.next;
+        if next.is_none() {
+            break;
+        }
+    }
+    if tally.names.iter().any(|n| n == MANIFEST) {
+        tally.rest(objects, &below.folder(MANIFEST), None, &super::Unwatched).map_err(|e| e.on(volume))?;
+    }
+    if watch.interrupted() {
+        return Err(Error::new(Kind::Interrupted, "stopped as asked"));
+    }
+    Ok(Facts { objects: None, bytes: 0, ..tally.facts() })
+}
+
+/// A sum that grows page by page.
+struct Tally {
+    below: String,
+    /// The names of the first level, but of probe files only one.
+    names: Vec<String>,
+    facts: Facts,
+    count: u64,
+}
+
+impl Tally {
+    fn new(below: &Below) -> Tally {
+        Tally { below: below.as_str().to_owned(), names: Vec::new(), facts: Facts::EMPTY, count: 0 }
+    }
+
+    fn name(&mut self, name: &str) {
+        // Of names that are alike one is enough; ZeroFS leaves a probe file at each start.
+        let known = |n: &String| {
+            n == name
+                || !n.ends_with('/')
+                    && !name.ends_with('/')
+                    && catalog::is_of_zerofs(n) == catalog::is_of_zerofs(name)
+        };
+        if name == "zerofs.key" && !self.names.iter().any(|n| n == name) || !self.names.iter().any(known) {
+            self.names.push(name.to_owned());
+        }
+    }
+
+    fn take(&mut self, objects: &[Object], watch: &dyn Watch) {
+        let mut bytes = 0;
+        for object in objects {
+            let Some(inside) = object.key.strip_prefix(&self.below) else { continue };
+            let first = inside.find('/').map_or(inside, |slash| &inside[..=slash]);
+            if !self.names.iter().any(|n| n == first) {
+                self.name(first);
+            }
+            if first == MANIFEST && self.facts.manifest.as_ref().is_none_or(|m| *m < object.key) {
+                self.facts.manifest = Some(object.key.clone());
+            }
+            self.facts.newest = self.facts.newest.max(Some(object.modified));
+            bytes += object.size;
+        }
+        self.count += objects.len() as u64;
+        self.facts.bytes += bytes;
+        watch.objects(objects.len() as u64, bytes);
+    }
+
+    fn rest(
+        &mut self,
+        objects: &dyn Objects,
+        below: &Below,
+        from: Option<String>,
+        watch: &dyn Watch,
+    ) -> Result<()> {
+        let mut next = from;
+        loop {
+            let page = objects.page(below, false, next.as_deref())?;
+            self.take(&page.objects, watch);
+            if watch.interrupted() {
+                return Err(Error::new(Kind::Interrupted, "stopped as asked"));
+            }
+            match page.next {
+                None => return Ok(()),
+                // Otherwise it would never end.
+                Some(same) if Some(&same) == next.as_ref() => {
+                    return Err(Error::new(Kind::Unreachable, "the listing does not get on"));
+                }
+                other => next = other,
+            }
+        }
+    }
+
+    fn add(&mut self, part: Tally) {
+        for name in part.names {
+            self.name(&name);
+        }
+        self.count += part.count;
+        self.facts.bytes += part.facts.bytes;
+        self.facts.newest = self.facts.newest.max(part.facts.newest);
+        self.facts.manifest = self.facts.manifest.take().max(part.facts.manifest);
+    }
+
+    fn facts(mut self) -> Facts {
+        let foreign = self.names.iter().find(|n| !catalog::is_of_zerofs(n));
+        self.facts.content = match foreign {
+            Some(name) => DataPrefix::Foreign(name.chars().take(80).flat_map(char::escape_debug).collect()),
+            None => catalog::judge(self.names.iter().map(String::as_str)),
+        };
+        self.facts.objects = Some(self.count);
+        self.facts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::{Family, LocalObjects, StorageUrl};
+    use crate::gc::Unwatched;
+
+    fn store(keys: &[String]) -> (tempfile::TempDir, LocalObjects) {
+        let dir = tempfile::tempdir().unwrap();
+        for key in keys {
+            let path = dir.path().join(key);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "abc").unwrap();
+        }
+        let objects = LocalObjects::new(&StorageUrl::from_dir(dir.path()).unwrap()).unwrap();
+        (dir, objects)
+    }
+
+    #[test]
+    fn a_volume_of_many_pages_is_counted_the_same_in_every_way() {
+        let mut keys: Vec<String> = (0..1500).map(|n| format!("vol1/compacted/{n:05}.sst")).collect();
+        keys.extend((0..1200).map(|n| format!("vol1/manifest/{n:05}.manifest")));
+        keys.push("vol1/.zerofs_bucket_id".into());
+        keys.push("vol10/manifest/99999.manifest".into());
+        let (_dir, objects) = store(&keys);
+        let id = "vol1".parse().unwrap();
+        let one = measure(&objects, &id, 1, &Unwatched).unwrap();
+        let many = measure(&objects, &id, 4, &Unwatched).unwrap();
+        assert_eq!(one, many);
+        assert_eq!((one.objects, one.bytes), (Some(2701), 3 * 2701));
+        assert_eq!(one.content, DataPrefix::ZeroFs(Family::Old));
+        assert_eq!(one.manifest.as_deref(), Some("vol1/manifest/01199.manifest"));
+        let glance = glance(&objects, &id, &Unwatched).unwrap();
+        assert_eq!((&glance.manifest, &glance.content), (&one.manifest, &one.content));
+        let none = measure(&objects, &"vol".parse().unwrap(), 4, &Unwatched).unwrap();
+        assert_eq!(none, Facts::EMPTY);
+    }
+
+    #[test]
+    fn one_strange_name_among_zerofs_ones_makes_it_foreign() {
+        let (_dir, objects) =
+            store(&["vol1/manifest/1".into(), "vol1/zerofs.key".into(), "vol1/notes.txt".into()]);
+        let id = "vol1".parse().unwrap();
+        for facts in
+            [measure(&objects, &id, 1, &Unwatched).unwrap(), glance(&objects, &id, &Unwatched).unwrap()]
+        {
+            assert_eq!(facts.content, DataPrefix::Foreign("notes.txt".into()));
+        }
+    }
+}
