@@ -298,7 +298,7 @@ fn root_volumes_that_change_hands_while_they_are_listed_are_never_orphans() {
         lab.volume(volume, Some(&cluster));
         kube.create(&pv(&format!("c-a-{volume}"), volume, "Bound"));
     }
-    let rounds = support::rounds(12);
+    let rounds = support::rounds(12, 60);
     let (stop, turns) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|s| {
         let hands = s.spawn(|| {

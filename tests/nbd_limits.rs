@@ -77,7 +77,7 @@ fn nbd_machine_the_module_is_loaded_when_it_is_needed_and_nbds_max_is_no_limit()
     run("modprobe", &["nbd", "nbds_max=2"]);
     let taken = [connect("other-1"), connect("other-2")];
     node.ok(&attach);
-    let device = sysfs::find("zerofs:vol1").unwrap().expect("it is connected");
+    let device = sysfs::named("zerofs:vol1").unwrap().pop().expect("it is connected");
     assert!(device.index >= 2, "{device:?}");
     let answer = node.json(&["nbd", "list"]);
     assert_eq!((&answer["capacity"]["nbds_max"], &answer["capacity"]["existing"]), (&2.into(), &3.into()));
