@@ -132,6 +132,8 @@ impl tracing::field::Visit for Line {
         match field.name() {
             "message" => self.message = format!("{value:?}"),
             "volume" => self.volume = Some(format!("{value:?}")),
+            // For machines; people have the message.
+            "event" => {}
             name => self.rest.push_str(&format!(" {name}={value:?}")),
         }
     }

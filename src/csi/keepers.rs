@@ -81,10 +81,10 @@ fn tell(driver: &Driver, event: &Event) {
     if let Event::TookOver { elapsed, .. } = event {
         driver.metrics.took_over(*elapsed);
     }
-    let (name, volume) = (event.name(), event.volume().map(ToString::to_string).unwrap_or_default());
+    let (name, volume) = (event.name(), event.volume().map(tracing::field::display));
     if event.is_bad() {
-        tracing::warn!(%volume, event = name, "{}", event.message());
+        tracing::warn!(volume, event = name, "{}", event.message());
     } else {
-        tracing::info!(%volume, event = name, "{}", event.message());
+        tracing::info!(volume, event = name, "{}", event.message());
     }
 }
