@@ -5,6 +5,7 @@ mod support;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use support::cli::{Node, assert_holds, pattern, write_durably};
 use support::dir::TestDir;
@@ -153,7 +154,10 @@ fn collect(lab: &Lab) {
     assert_eq!(early["volumes"].as_array().unwrap().len(), 0, "{early:#}");
     node.run(&lab.words(&with(&["--grace", "0s"]))).expect_error(2, &["confirmed"]);
     assert!(lab.keys("gone") >= before.0 && lab.keys("vol1") >= before.1);
-    node.ok(&lab.words(&with(&["--grace", "0s", "--plan", "plan.json"])));
+    // The object store tells whole seconds: a mark is due from the next one on.
+    std::thread::sleep(Duration::from_secs(2));
+    let planned = node.ok(&lab.words(&with(&["--grace", "0s", "--plan", "plan.json", "-o", "name"])));
+    assert_eq!(planned.stdout, "gone\nvol1\n");
     node.run(&lab.words(&with(&["--grace", "24h", "--plan", "plan.json", "--yes"])))
         .expect_error(1, &["does not hold"]);
     assert!(lab.keys("gone") >= before.0 && lab.keys("vol1") >= before.1);
