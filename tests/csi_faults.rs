@@ -131,7 +131,7 @@ fn root_a_start_leaves_the_devices_and_mounts_of_others_alone() {
     let backing = fs::read_to_string(format!("/sys/block/{}/loop/backing_file", &device["/dev/".len()..]));
     assert_eq!(backing.unwrap().trim(), file.to_str().unwrap(), "the device of another is as it was");
     assert_eq!(mount_number(&place), number, "the mount of another is as it was");
-    umount2(&place, MntFlags::empty()).unwrap();
+    support::wait_until("it is free", Duration::from_secs(30), || umount2(&place, MntFlags::empty()).is_ok());
     assert!(Command::new(&losetup).args(["--detach", &device]).status().unwrap().success());
 }
 
@@ -163,7 +163,10 @@ fn root_a_folder_is_not_taken_for_the_mount_that_it_is_in() {
     assert!(mount_number(&staging).is_some(), "it is not staged there, so it stays");
     scene.client.unstage("v", &staging).unwrap();
     assert_eq!(mount_number(&outer), number);
-    umount2(&outer, MntFlags::empty()).unwrap();
+    // Another test's child may hold a copy of it for a moment.
+    support::wait_until("the folder around it is free", Duration::from_secs(30), || {
+        umount2(&outer, MntFlags::empty()).is_ok()
+    });
     scene.end("after folders in another mount");
 }
 
