@@ -46,6 +46,8 @@ const RECEIVE: usize = 128 << 10;
 const STACK: usize = 256 << 10;
 /// Requests that go into one system call.
 const BATCH: usize = 32;
+/// After that long without I/O the memory that it needed is given back to the system.
+const QUIET: Duration = Duration::from_secs(1);
 /// The event number of the wake-up call.
 const WAKE: u64 = u64::MAX;
 /// The first event number of the kernel's sockets; below are the connections to the server.
@@ -995,6 +997,8 @@ impl Conn {
 struct Receiver {
     buffers: Vec<Buffer>,
     fronts: Vec<FrontReader>,
+    /// The last I/O, until the memory that it needed is given back.
+    worked: Option<Now>,
 }
 
 struct Buffer {
@@ -1012,7 +1016,9 @@ impl Receiver {
         let mut events = [EpollEvent::empty(); 16];
         let mut deadline: Option<Now> = None;
         while !shared.stop.load(Ordering::SeqCst) {
-            let timeout = match deadline.map(|at| at.saturating_sub(shared.now())) {
+            let quiet = self.worked.map(|at| at + QUIET);
+            let next = [deadline, quiet].into_iter().flatten().min();
+            let timeout = match next.map(|at| at.saturating_sub(shared.now())) {
                 None => EpollTimeout::NONE,
                 // Rounded up, so that the deadline has passed when it wakes.
                 Some(left) => {
@@ -1030,6 +1036,13 @@ impl Receiver {
                     0
                 }
             };
+            let now = shared.now();
+            if events[..n].iter().any(|e| e.data() != WAKE) {
+                self.worked = Some(now);
+            } else if quiet.is_some_and(|at| at <= now) {
+                self.worked = None;
+                self.shrink(shared);
+            }
             let (mut current, mut woken) = (false, n == 0);
             for event in &events[..n] {
                 if event.data() == WAKE {
@@ -1062,7 +1075,7 @@ impl Receiver {
             send_gathered();
             let now = shared.now();
             if woken || !current || deadline.is_some_and(|at| at <= now) {
-                deadline = self.tick(shared, now, n == 0);
+                deadline = self.tick(shared, now);
             }
         }
     }
@@ -1084,7 +1097,7 @@ impl Receiver {
         }
     }
 
-    fn tick(&mut self, shared: &Shared, now: Now, idle: bool) -> Option<Now> {
+    fn tick(&mut self, shared: &Shared, now: Now) -> Option<Now> {
         let mut out = Vec::new();
         let deadline = {
             let mut state = shared.state();
@@ -1102,17 +1115,22 @@ impl Receiver {
         for reader in self.fronts.extract_if(.., |f| f.front.is_closed()) {
             reader.end(shared);
         }
-        if idle {
-            self.fronts.iter_mut().for_each(FrontReader::shrink);
-        }
-        if idle && self.buffers.iter().any(|b| b.bytes.len() > RECEIVE || shared.conn(b.conn).is_none()) {
-            self.buffers.retain(|b| shared.conn(b.conn).is_some());
-            for buffer in self.buffers.iter_mut().filter(|b| b.filled == 0) {
-                buffer.bytes.truncate(RECEIVE);
-                buffer.bytes.shrink_to_fit();
-            }
-        }
         deadline
+    }
+
+    /// Gives back what large requests needed, and what they left in the allocator's hands.
+    fn shrink(&mut self, shared: &Shared) {
+        self.fronts.iter_mut().for_each(FrontReader::shrink);
+        self.buffers.retain(|b| shared.conn(b.conn).is_some());
+        for buffer in self.buffers.iter_mut().filter(|b| b.filled == 0 && b.bytes.len() > RECEIVE) {
+            buffer.bytes.truncate(RECEIVE);
+            buffer.bytes.shrink_to_fit();
+        }
+        #[cfg(target_env = "gnu")]
+        // SAFETY: it only gives unused pages back, and may be called from any thread.
+        unsafe {
+            libc::malloc_trim(0);
+        }
     }
 
     /// Receives once and answers what is whole. Gives the next deadline, unless the connection is lost.
