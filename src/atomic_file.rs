@@ -34,6 +34,11 @@ impl FolderLock {
     }
 }
 
+/// Opens a file that is only there to be locked (mode 0600), and makes it if need be. It is not locked yet.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
 /// Writes `path` (mode 0600) so that a reader, now or after a power cut, sees either the old file or all of the
 /// new one. `beside` must be on the same filesystem and is used by one writer at a time.
 pub fn replace(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<()> {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::plan::{Operation, Plan, Task};
 use crate::step::Step;
@@ -657,14 +658,7 @@ impl Lock {
         let mut patience = 100;
         let begun = std::time::Instant::now();
         loop {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)
-                .doing("open the lock", &path)?;
+            let file = open_lock(&path).doing("open the lock", &path)?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(std::fs::TryLockError::WouldBlock)

@@ -6,9 +6,8 @@
 //! ever more rarely. Keepers outlive it: each has a session of its own.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -17,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
+use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::linux::{Dirs, LinuxHost, Parts, Storage};
 use crate::host::{Life, Observe, device};
@@ -195,8 +195,7 @@ impl Watcher {
         let folder = run_dir.join("volumes");
         journal::private_folder(&folder)?;
         let path = run_dir.join(journal::WATCH_LOCK);
-        let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let lock = lock.doing("open", &path)?;
+        let lock = open_lock(&path).doing("open", &path)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {

@@ -233,6 +233,12 @@ fn root_no_fuse_device() {
         privately(&node, prepare, &["attach", "vol1", "--target", "m"])
             .expect_error(ENVIRONMENT, &["/dev/fuse"]);
         node.assert_nothing_left(prepare);
+        // Not even a password, for a store in which nothing is.
+        assert!(
+            !node.state().exists(),
+            "{prepare}: {:?}",
+            fs::read_dir(node.state()).map(Iterator::collect::<Vec<_>>)
+        );
     }
 }
 

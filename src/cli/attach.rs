@@ -135,6 +135,11 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
     // Everything that can be wrong in the words themselves, before anything is looked at.
     let mut spec = args.spec(context, String::new())?;
     context.require_root()?;
+    let dirs = context.dirs()?;
+    if !dirs.volume_state(&spec.volume).exists() {
+        // It needs a device for sure. Asked before a password is made for a store that would stay empty.
+        crate::host::device::transport(spec.transport).map_err(|e| e.on(&spec.volume))?;
+    }
     let host = context.host(&spec.volume, &args.storage, Purpose::Start).map_err(|e| e.on(&spec.volume))?;
     spec.storage_url = host.catalog().url().to_string();
     if args.dry_run {
@@ -142,7 +147,6 @@ pub fn run(args: &AttachArgs, context: &Context) -> Result<Report> {
         return Ok(Report::of_preview("attach", &spec.volume, &lines));
     }
     require_parent(&spec)?;
-    let dirs = context.dirs()?;
     let engine = context.engine(&host);
     let run = ops::attach::attach(&engine, &dirs.run, &spec)?;
     Ok(operation::attach(&spec, &run))

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
 
 /// Reads `unix:///csi/csi.sock`, also `unix:/csi/csi.sock` and a bare path, as drivers are given it.
@@ -37,13 +38,7 @@ pub fn endpoint(text: &str) -> Result<PathBuf> {
 pub fn lock(state_dir: &Path) -> Result<File> {
     crate::journal::private_folder(state_dir)?;
     let path = state_dir.join("csi.lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .doing("open the lock", &path)?;
+    let file = open_lock(&path).doing("open the lock", &path)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::new(

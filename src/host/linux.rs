@@ -16,6 +16,7 @@ use super::{
     MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, device, loopdev,
     mounts, nbd, programs, signature, users,
 };
+use crate::atomic_file::{FolderLock, replace};
 use crate::catalog::{
     Catalog, ClaimOptions, ClaimedAs, DataPrefix, Family, Owner, Relation, Release, StorageUrl, Tag,
     VolumeRecord, Written,
@@ -761,16 +762,15 @@ fn new_instance() -> String {
 fn make_instance(dirs: &Dirs, path: &Path) -> Result<String> {
     private_folder(&dirs.state)?;
     let id = new_instance();
-    let mut new = tempfile::NamedTempFile::new_in(&dirs.state).doing("make a file in", &dirs.state)?;
-    std::io::Write::write_all(&mut new, id.as_bytes()).doing("write", path)?;
-    new.as_file().sync_all().doing("sync", path)?;
-    match new.persist_noclobber(path) {
-        Ok(_) => Ok(id),
+    let _lock = FolderLock::take(&dirs.state, Duration::from_secs(10)).doing("lock", &dirs.state)?;
+    match std::fs::read_to_string(path) {
         // Another command was quicker: its id is the one.
-        Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => {
-            std::fs::read_to_string(path).map(|t| t.trim().to_owned()).doing("read", path)
+        Ok(text) => Ok(text.trim().to_owned()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            replace(path, &path.with_extension("new"), id.as_bytes()).doing("write", path)?;
+            Ok(id)
         }
-        Err(e) => Err(e.error).doing("write", path),
+        Err(e) => Err(e).doing("read", path),
     }
 }
 
@@ -1011,8 +1011,7 @@ impl Host for LinuxHost {
         private_folder(&folder)?;
         private_folder(&folder.join("cache"))?;
         let path = self.dirs.config(volume);
-        crate::atomic_file::replace(&path, &folder.join(".config.toml.new"), text.as_bytes())
-            .doing("write", &path)
+        replace(&path, &folder.join(".config.toml.new"), text.as_bytes()).doing("write", &path)
     }
 
     fn remove_config(&self, volume: &VolumeId) -> Result<()> {

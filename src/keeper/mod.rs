@@ -46,6 +46,7 @@ use self::process::{Identity, Launch, boot_id, passed_on, set_own_oom_score, wri
 use self::service::{Desk, Shared};
 use self::supervisor::{Event, Supervisor};
 use self::watchdog::Watch;
+use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::cgroup::{Cgroup, Limits};
 use crate::host::mounts;
@@ -440,8 +441,7 @@ fn limit(config: &KeeperConfig) -> Result<(Option<Cgroup>, Vec<String>)> {
 fn take_lock(run_dir: &Path) -> Result<File> {
     let path = run_dir.join(LOCK);
     loop {
-        let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.doing("open", &path)?;
+        let file = open_lock(&path).doing("open", &path)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
