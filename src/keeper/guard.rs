@@ -37,9 +37,10 @@ pub type Now = Duration;
 /// A connection, by a number that is never used again.
 pub type ConnId = u32;
 
-/// The unit that a closed ZeroFS fills with zeros: its chunk, in bytes. A smaller chunk of a newer version is
-/// still found, since all that matters is that no zero-filled part is larger than what is looked at.
-pub const CHUNK: u64 = 256 << 10;
+/// The smallest unit that a closed ZeroFS fills with zeros, in bytes: the chunk of its builds with small ones. A database
+/// that closes in the middle of a read leaves the chunks before it whole, so with a larger unit here the zeros
+/// behind them would pass for data. The chunks of other builds are multiples of it.
+pub const CHUNK: u64 = 32 << 10;
 
 /// Requests in flight per connection.
 const DEPTH: usize = 32;
@@ -1503,5 +1504,7 @@ mod tests {
         assert!(has_zero_chunk(CHUNK - 100, &[&[0u8; 100][..], &[1; 100]].concat()));
         assert!(has_zero_chunk(CHUNK - 100, &[&[1u8; 100][..], &[0; 100]].concat()));
         assert!(!has_zero_chunk(CHUNK - 100, &[&[0u8; 99][..], &[1; 101]].concat()));
+        // A database with chunks of 32 KiB that closed in the middle of a read.
+        assert!(has_zero_chunk(0, &[vec![1; 32 << 10], vec![0; 224 << 10]].concat()));
     }
 }
