@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::VolumeRecord;
+use super::{MarkedBy, State, VolumeRecord};
 use crate::error::{Error, Kind, Result};
 use crate::values::ByteSize;
 
@@ -20,6 +20,9 @@ pub struct Provision {
     /// DeleteVolume deletes the data, too.
     #[serde(default)]
     pub delete_data: bool,
+    /// Only this many seconds after DeleteVolume; none for what the installation's settings say then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delete_grace_seconds: Option<u64>,
     /// The ConfigMap with the settings, when one was named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<String>,
@@ -43,6 +46,12 @@ pub struct Published {
 }
 
 impl VolumeRecord {
+    /// Whether DeleteVolume was answered with success: whoever asked counts on it that the volume is gone, whatever is
+    /// still kept of it.
+    pub fn given_up(&self) -> bool {
+        self.state == State::Released || self.mark().is_some_and(|m| m.by == MarkedBy::DeleteVolume)
+    }
+
     /// The size that the volume has, or is to grow to the next time that a node has it.
     pub fn size(&self) -> ByteSize {
         self.wanted.map_or(self.capacity, |wanted| wanted.max(self.capacity))
