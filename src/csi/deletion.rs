@@ -67,9 +67,6 @@ impl Driver {
         if has.state == State::Deleting {
             return Ok(Data::Deleted(None));
         }
-        if let Some(p) = has.provision.as_ref().filter(|p| p.delete_data) {
-            return Ok(Data::Deleted(self.grace(p)?));
-        }
         // One that no node ever started has no data to keep.
         let unstarted = has.epoch == 0
             && has.state != State::Released
@@ -77,7 +74,11 @@ impl Driver {
                 catalog.data_prefix(&has.id)?,
                 DataPrefix::Empty | DataPrefix::ZeroFs(Family::Unstarted)
             );
-        Ok(if unstarted { Data::Deleted(None) } else { Data::Kept })
+        match &has.provision {
+            _ if unstarted => Ok(Data::Deleted(None)),
+            Some(p) if p.delete_data => Ok(Data::Deleted(self.grace(p)?)),
+            _ => Ok(Data::Kept),
+        }
     }
 
     /// The volume's own, or else what the settings say now.
