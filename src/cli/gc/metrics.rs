@@ -72,6 +72,9 @@ fn before(path: &Path) -> Result<String> {
     let hint =
         "name a file in a folder that is there, such as /var/lib/prometheus/node-exporter/zerofs-gc.prom";
     let wrong = |why: &str| Error::usage(format!("--metrics-file: {} {why}", path.display())).hint(hint);
+    if !folder(path).is_dir() {
+        return Err(wrong("is in no folder that is there"));
+    }
     // Now, rather than after a deletion that nobody would hear of.
     tempfile::Builder::new()
         .tempfile_in(folder(path))
