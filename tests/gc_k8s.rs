@@ -702,9 +702,6 @@ fn in_pod(kube: &Kube, at: std::net::SocketAddr, node: &Node, token: &str, words
 fn root_a_driver_in_a_pod_makes_volumes_of_its_cluster_and_the_collector_knows_them() {
     let (kube, lab) = (Kube::shared(), Lab::new());
     let account = ("zerofs", "zerofs-csi-controller");
-    for object in manifest("csi-rbac.yaml") {
-        kube.apply(&object, true).unwrap_or_else(|e| panic!("{object:#}: {e}"));
-    }
     let (namespace, rest): (Vec<Value>, Vec<Value>) =
         manifest("csi-rbac.yaml").into_iter().partition(|o| o["kind"] == "Namespace");
     kube.apply(&namespace[0], false).unwrap();
