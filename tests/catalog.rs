@@ -705,9 +705,15 @@ fn a_conflict_with_a_request_that_then_fails_is_tried_again() {
     assert_eq!(bodies.lock().unwrap().len(), 3);
 }
 
-/// Finishes the deletion of a volume in a bucket that answers requests to delete with `deleted`, to list with `listed`; how
-/// often it was asked to delete something.
-fn delete_from_bucket(listed: Answer, deleted: Answer) -> (Result<Deletion, Error>, usize) {
+/// Finishes the deletion of a volume in a bucket that answers requests to delete with `deleted`, to list with `listed`, and to
+/// list unfinished uploads with `uploads`; how often it was asked to delete something.
+fn delete_from_bucket(
+    listed: impl FnMut() -> Answer + Send + 'static,
+    deleted: Answer,
+    uploads: Answer,
+    watch: &dyn Watch,
+) -> (Result<Deletion, Error>, usize) {
+    let mut listed = listed;
     let mut doomed = record("vol1");
     doomed.state = State::Deleting;
     // As it is stored.
@@ -731,7 +737,8 @@ fn delete_from_bucket(listed: Answer, deleted: Answer) -> (Result<Deletion, Erro
             "GET" if listing && request.path.contains(".zerofsctl") => {
                 sound("<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
             }
-            "GET" if listing => listed.clone(),
+            "GET" if listing => listed(),
+            "GET" if request.path.contains("uploads=") => uploads.clone(),
             "GET" => sound(&body),
             "PUT" => {
                 body = String::from_utf8(request.body.clone()).unwrap();
@@ -747,7 +754,7 @@ fn delete_from_bucket(listed: Answer, deleted: Answer) -> (Result<Deletion, Erro
     let objects = objects(&url, &s3_settings(server.address)).unwrap();
     let catalog = s3("s3://vols/x", server.address);
     let how = DeleteOptions { threads: 1, ..DeleteOptions::default() };
-    let result = gc::delete_volume(catalog.as_ref(), objects.as_ref(), &id("vol1"), &how, &Unwatched);
+    let result = gc::delete_volume(catalog.as_ref(), objects.as_ref(), &id("vol1"), &how, watch);
     (result, deletions.load(Ordering::Relaxed))
 }
 
@@ -756,11 +763,58 @@ const TWO_OBJECTS: &str = "<ListBucketResult><IsTruncated>false</IsTruncated>\
     <Contents><Key>x/vol1/manifest/2</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>1</ETag><Size>1</Size></Contents>\
     </ListBucketResult>";
 
+const NO_UPLOADS: &str =
+    "<ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>";
+
+/// Keeps what it is told.
+#[derive(Default)]
+struct Notes(std::sync::Mutex<Vec<String>>);
+
+impl Watch for Notes {
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn who_may_not_look_for_unfinished_uploads_is_told_and_the_volume_goes() {
+    let gone = "<DeleteResult><Deleted><Key>x/vol1/manifest/1</Key></Deleted>\
+                <Deleted><Key>x/vol1/manifest/2</Key></Deleted></DeleteResult>";
+    let denied = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
+    for (uploads, noted) in [(answer(200, NO_UPLOADS), 0), (answer(403, denied), 1)] {
+        let mut listings = 0;
+        let listed = move || {
+            listings += 1;
+            let empty = "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>";
+            answer(200, if listings == 1 { TWO_OBJECTS } else { empty })
+        };
+        let notes = Notes::default();
+        // The record is deleted by a request of its own, whose answer does not matter here.
+        let (result, _) = delete_from_bucket(listed, answer(200, gone), uploads, &notes);
+        assert_eq!(result.unwrap(), Deletion::Gone { objects: 2, bytes: 2 });
+        let notes = notes.0.into_inner().unwrap();
+        assert_eq!(notes.len(), noted, "{notes:?}");
+        assert!(
+            notes.iter().all(|n| n.contains("vol1") && n.contains("s3:ListBucketMultipartUploads")),
+            "{notes:?}"
+        );
+    }
+    // A server that does not answer is another matter.
+    let listed = || answer(200, "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>");
+    let (result, deletions) = delete_from_bucket(listed, answer(200, gone), None, &Unwatched);
+    assert_eq!((result.unwrap_err().kind(), deletions), (Kind::Unreachable, 0));
+}
+
 #[test]
 fn one_object_that_cannot_be_deleted_fails_the_deletion() {
     let mixed = "<DeleteResult><Deleted><Key>x/vol1/manifest/1</Key></Deleted><Error><Key>x/vol1/manifest/2</Key>\
                  <Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>";
-    let (result, deletions) = delete_from_bucket(answer(200, TWO_OBJECTS), answer(200, mixed));
+    let (result, deletions) = delete_from_bucket(
+        || answer(200, TWO_OBJECTS),
+        answer(200, mixed),
+        answer(200, NO_UPLOADS),
+        &Unwatched,
+    );
     let e = result.unwrap_err();
     assert!(e.to_string().contains("vol1/manifest/2 is still there") && e.hint_text().is_some(), "{e}");
     assert!(deletions > 0, "{e}");
@@ -769,7 +823,12 @@ fn one_object_that_cannot_be_deleted_fails_the_deletion() {
 #[test]
 fn a_listing_that_fails_is_never_an_empty_volume() {
     for listed in [answer(500, ""), answer(403, ""), answer(200, "<html>hello</html>"), None] {
-        let (result, deletions) = delete_from_bucket(listed, answer(200, "<DeleteResult></DeleteResult>"));
+        let (result, deletions) = delete_from_bucket(
+            move || listed.clone(),
+            answer(200, "<DeleteResult></DeleteResult>"),
+            answer(200, NO_UPLOADS),
+            &Unwatched,
+        );
         let e = result.unwrap_err();
         assert!(e.hint_text().is_some() && !e.to_string().contains("cannot be used"), "{e}");
         assert_eq!(deletions, 0);

@@ -920,6 +920,42 @@ fn an_unreachable_cluster_or_an_error_ends_it_with_nothing_deleted() {
 }
 
 #[test]
+fn a_volume_that_csi_gives_to_a_node_before_the_last_look_is_kept_and_stops_no_sweep() {
+    let (model, volume) = due();
+    let apis = ["c-1", "c-2"].map(|c| Api { model: &model, cluster: c.to_owned() });
+    let witnesses: Vec<&dyn Witness> = apis.iter().map(|a| a as &dyn Witness).collect();
+    let collector = Collector {
+        catalog: &model,
+        objects: &model,
+        witnesses: &witnesses,
+        options: options(Limit::default()),
+        watch: &Unwatched,
+    };
+    let scan = collector.scan().unwrap();
+    let plan = collector.plan_sweep(&scan).unwrap();
+    assert_eq!(plan.lines.len(), 1);
+    {
+        let mut w = model.world();
+        let w = &mut *w;
+        w.version += 1;
+        let (record, version, _) = w.bucket.records.get_mut(&volume).unwrap();
+        *version = w.version;
+        record.published = Some(zerofsctl::catalog::Published {
+            node: "node-b".into(),
+            read_only: false,
+            mode: "SINGLE_NODE_WRITER".into(),
+            since: at(w.now),
+        });
+    }
+    let swept = collector.sweep(&scan, &plan).unwrap();
+    let kept =
+        matches!(&swept.volumes[..], [(_, Outcome::Kept(why))] if why.contains("published to node node-b"));
+    assert!(kept, "{swept:?}");
+    let w = model.world();
+    assert!(w.doomed.is_empty() && w.bucket.records[&volume].0.mark().is_none());
+}
+
+#[test]
 fn an_error_in_the_middle_of_a_sweep_tells_what_is_gone() {
     let (model, volume) = due();
     let first = id("first");

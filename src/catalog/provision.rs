@@ -173,6 +173,36 @@ mod tests {
     }
 
     #[test]
+    fn a_record_of_before_grace_periods_has_none() {
+        let old = r#"{"block":true,"delete_data":true,"config_map":"c","mount_options":["noatime"]}"#;
+        let old: Provision = serde_json::from_str(old).unwrap();
+        assert_eq!(old.delete_grace_seconds, None);
+        assert!(!serde_json::to_string(&old).unwrap().contains("grace"));
+        let new = Provision { delete_grace_seconds: Some(60), ..old };
+        let stored = serde_json::to_string(&new).unwrap();
+        assert_eq!(serde_json::from_str::<Provision>(&stored).unwrap(), new);
+    }
+
+    #[test]
+    fn only_the_word_of_its_owner_gives_a_volume_up() {
+        let mark = |by| crate::catalog::Tombstone {
+            at: Timestamp::UNIX_EPOCH,
+            by,
+            why: "because".into(),
+            epoch: 0,
+            manifest: None,
+            grace_seconds: None,
+        };
+        assert!(!record().given_up());
+        assert!(VolumeRecord { state: State::Released, ..record() }.given_up());
+        let marked = |by| record().marked(mark(by)).unwrap();
+        assert!(marked(MarkedBy::DeleteVolume).given_up());
+        assert!(!marked(MarkedBy::Scan).given_up() && !marked(MarkedBy::Name).given_up());
+        // An attach since then has made it a volume again.
+        assert!(!VolumeRecord { epoch: 1, ..marked(MarkedBy::DeleteVolume) }.given_up());
+    }
+
+    #[test]
     fn the_size_is_the_larger_of_what_it_has_and_what_is_wanted() {
         let mut r = record();
         assert_eq!(r.size(), ByteSize(ByteSize::GIB));
