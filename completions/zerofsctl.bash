@@ -273,7 +273,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__csi__subcmd__serve)
-            opts="-h -o -v --endpoint --node-id --role --runtime --transport --path --reconnect-timeout --metrics-bind-address --max-volumes --node --storage-url --config --secret --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --endpoint --node-id --role --runtime --transport --path --reconnect-timeout --metrics-bind-address --max-volumes --node --cluster-id --storage-url --config --secret --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -316,6 +316,10 @@ _zerofsctl() {
                     return 0
                     ;;
                 --node)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cluster-id)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -535,7 +539,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__gc__subcmd__s3__subcmd__mark)
-            opts="-h -o -v --max-delete --dry-run --storage-url --config --secret --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --max-delete --dry-run --storage-url --config --secret --metrics-file --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -554,6 +558,10 @@ _zerofsctl() {
                     return 0
                     ;;
                 --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metrics-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -655,7 +663,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__gc__subcmd__s3__subcmd__scan)
-            opts="-h -o -v --storage-url --config --secret --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --storage-url --config --secret --metrics-file --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -670,6 +678,10 @@ _zerofsctl() {
                     return 0
                     ;;
                 --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metrics-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -775,7 +787,7 @@ _zerofsctl() {
             return 0
             ;;
         zerofsctl__subcmd__gc__subcmd__s3__subcmd__sweep)
-            opts="-h -o -v --grace --max-delete --yes --plan --dry-run --storage-url --config --secret --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
+            opts="-h -o -v --grace --max-delete --yes --plan --dry-run --storage-url --config --secret --metrics-file --context --no-kubernetes --gone-cluster --min-age --quiet --help --output --state-dir --run-dir --zerofs-bin --verbose --log-format"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -802,6 +814,10 @@ _zerofsctl() {
                     return 0
                     ;;
                 --secret)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metrics-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

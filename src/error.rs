@@ -149,6 +149,12 @@ impl Error {
         self
     }
 
+    /// Puts `what` behind the message: `message; what`.
+    pub fn adding(mut self, what: impl fmt::Display) -> Self {
+        self.0.message = format!("{}; {what}", self.0.message);
+        self
+    }
+
     /// The kind.
     pub fn kind(&self) -> Kind {
         self.0.kind

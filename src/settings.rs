@@ -59,6 +59,8 @@ pub struct Settings {
     pub rust_log: Option<String>,
     /// Limits of the ZeroFS process or pod.
     pub resources: ResourceSettings,
+    /// How long a volume that is deleted with its data can be restored, where its StorageClass does not say; none: not at all.
+    pub delete_grace: Option<Duration>,
     /// What only pods need.
     pub pod: PodSettings,
 }
@@ -148,7 +150,7 @@ enum Type {
 }
 
 /// The ConfigMap keys; their names are a contract.
-const KEYS: [(&str, Type); 24] = [
+const KEYS: [(&str, Type); 25] = [
     ("zerofsImage", Type::Text),
     ("storageURL", Type::Text),
     ("encryptionPasswordSecretName", Type::Text),
@@ -165,6 +167,7 @@ const KEYS: [(&str, Type); 24] = [
     ("lsmFlushIntervalSecs", Type::Number),
     ("filesystemMaxSizeGB", Type::Number),
     ("rustLog", Type::Text),
+    ("deleteDataGracePeriod", Type::Text),
     ("podReadyTimeoutSeconds", Type::Number),
     ("cpuRequest", Type::Number),
     ("cpuLimit", Type::Number),
@@ -480,6 +483,7 @@ impl Documents {
             filesystem_max_size_gb: c.gigabytes("filesystemMaxSizeGB")?,
             rust_log: c.parse("rustLog", check_log_filter)?,
             resources,
+            delete_grace: c.parse("deleteDataGracePeriod", grace_period)?,
             pod: PodSettings {
                 zerofs_image: c.parse("zerofsImage", check_image)?,
                 ready_timeout: Duration::from_secs(
@@ -743,6 +747,19 @@ fn check_endpoint(text: &str) -> Result<String> {
         return Err(wrong("its path is not plain"));
     }
     Ok(format!("{scheme}://{rest}"))
+}
+
+/// A value of `deleteDataGracePeriod`, in whole seconds.
+pub fn grace_period(text: &str) -> Result<Duration> {
+    const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
+    match humantime::parse_duration(text) {
+        Ok(time) if time <= LONGEST && time.subsec_nanos() == 0 => Ok(time),
+        _ => Err(Error::usage(format!(
+            "\"{}\" is not a time in whole seconds, of at most ten years",
+            shown(text)
+        ))
+        .hint("write deleteDataGracePeriod: \"24h\", or \"7d\"; \"0s\" deletes at once")),
+    }
 }
 
 fn check_region(text: &str) -> Result<String> {

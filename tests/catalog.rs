@@ -12,14 +12,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use support::dir::TestDir;
 use support::moto::Moto;
 use support::script::{Answer, Script, answer};
 use zerofsctl::catalog::{
-    Catalog, ClaimOptions, DataPrefix, Family, Owner, State, StorageUrl, Tag, VolumeRecord, Written, open,
+    Catalog, ClaimOptions, DataPrefix, Family, Owner, State, StorageUrl, Tag, VolumeRecord, Written, objects,
+    open,
 };
 use zerofsctl::error::{Error, Kind};
+use zerofsctl::gc::{self, DeleteOptions, Deletion, Unwatched, Watch};
 use zerofsctl::password::Secret;
 use zerofsctl::settings::{AwsCredentials, S3Settings};
 use zerofsctl::values::{ByteSize, FsType, VolumeId};
@@ -296,17 +298,45 @@ fn data_goes_and_only_that_of_the_volume(store: &Store<'_>) {
             (store.put)(&format!("{}/{key}", volume.id), b"x");
         }
     }
-    let go_on = || false;
-    let e = catalog.delete_data(&one.id, &go_on).unwrap_err();
-    assert_eq!(e.kind(), Kind::Refused, "its record does not say so yet: {e}");
-    let (read, tag) = catalog.get(&one.id).unwrap().unwrap();
-    let _ = done(catalog.update(&read.begin_delete().unwrap(), &tag).unwrap());
-    assert_eq!(catalog.delete_data(&one.id, &|| true).unwrap_err().kind(), Kind::Interrupted);
-    assert_eq!(catalog.delete_data(&one.id, &go_on).unwrap(), 3);
-    assert_eq!(catalog.delete_data(&one.id, &go_on).unwrap(), 0);
+    let objects = objects(&store.url, &store.s3).unwrap();
+    let delete = |watch: &dyn Watch| {
+        let how = DeleteOptions { quiet: SignedDuration::ZERO, ..DeleteOptions::default() };
+        gc::delete_volume(catalog.as_ref(), objects.as_ref(), &one.id, &how, watch)
+    };
+    // Stopped before it is begun, and then between its listing and its end.
+    assert_eq!(delete(&StopAt::new(0)).unwrap_err().kind(), Kind::Interrupted);
+    assert_eq!(catalog.get(&one.id).unwrap().unwrap().0.state, State::Ready, "nothing was begun");
+    let mut interrupted = 0;
+    let gone = (1..).find_map(|n| match delete(&StopAt::new(n)) {
+        Ok(gone) => Some(gone),
+        Err(e) => {
+            assert_eq!(e.kind(), Kind::Interrupted, "{e}");
+            assert_eq!(catalog.get(&one.id).unwrap().unwrap().0.state, State::Deleting);
+            interrupted += 1;
+            None
+        }
+    });
+    assert!(matches!(gone, Some(Deletion::Gone { objects: 0..=3, .. })), "{gone:?}");
+    assert!(interrupted > 0, "it is asked whether to stop while it deletes");
+    assert_eq!(delete(&Unwatched).unwrap(), Deletion::WasGone);
     assert_eq!(catalog.data_prefix(&one.id).unwrap(), DataPrefix::Empty);
     assert!(matches!(catalog.data_prefix(&ten.id).unwrap(), DataPrefix::ZeroFs(_)), "its neighbour stays");
-    assert!(catalog.delete(&one.id).unwrap());
+    assert!(catalog.get(&one.id).unwrap().is_none() && catalog.get(&ten.id).unwrap().is_some());
+}
+
+/// Asks to stop from the `n`th question on.
+struct StopAt(AtomicUsize);
+
+impl StopAt {
+    fn new(n: usize) -> StopAt {
+        StopAt(AtomicUsize::new(n))
+    }
+}
+
+impl Watch for StopAt {
+    fn interrupted(&self) -> bool {
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_err()
+    }
 }
 
 fn put_file(root: &Path, key: &str, bytes: &[u8]) {
@@ -675,54 +705,132 @@ fn a_conflict_with_a_request_that_then_fails_is_tried_again() {
     assert_eq!(bodies.lock().unwrap().len(), 3);
 }
 
-/// A bucket that holds a volume of two objects whose deletion has begun, and answers requests to delete with `deleted`, to
-/// list with `listed`.
-fn deleting_bucket(listed: Answer, deleted: Answer) -> (Box<dyn Catalog>, Arc<AtomicUsize>) {
+/// Finishes the deletion of a volume in a bucket that answers requests to delete with `deleted`, to list with `listed`, and to
+/// list unfinished uploads with `uploads`; how often it was asked to delete something.
+fn delete_from_bucket(
+    listed: impl FnMut() -> Answer + Send + 'static,
+    deleted: Answer,
+    uploads: Answer,
+    watch: &dyn Watch,
+) -> (Result<Deletion, Error>, usize) {
+    let mut listed = listed;
     let mut doomed = record("vol1");
     doomed.state = State::Deleting;
     // As it is stored.
     let mut stored = serde_json::to_value(&doomed).unwrap();
     stored["format"] = zerofsctl::catalog::FORMAT.into();
     stored["write"] = "0".into();
-    let body = stored.to_string();
+    let mut body = stored.to_string();
     let deletions = Arc::new(AtomicUsize::new(0));
     let count = deletions.clone();
-    let server = Script::new(move |request| match (&*request.method, request.path.contains("list-type")) {
-        ("GET", true) => listed.clone(),
-        ("GET", false) => Some(format!(
-            "HTTP/1.1 200 OK\r\netag: \"1\"\r\nlast-modified: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: {}\r\n\
-             connection: close\r\n\r\n{body}",
-            body.len()
-        )),
-        _ => {
-            count.fetch_add(1, Ordering::Relaxed);
-            deleted.clone()
+    let server = Script::new(move |request| {
+        let listing = request.path.contains("list-type");
+        let sound = |body: &str| {
+            Some(format!(
+                "HTTP/1.1 200 OK\r\netag: \"1\"\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\
+                 last-modified: Thu, 01 Jan 2026 00:00:00 GMT\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                body.len()
+            ))
+        };
+        match &*request.method {
+            // That of the catalog tells the time.
+            "GET" if listing && request.path.contains(".zerofsctl") => {
+                sound("<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
+            }
+            "GET" if listing => listed(),
+            "GET" if request.path.contains("uploads=") => uploads.clone(),
+            "GET" => sound(&body),
+            "PUT" => {
+                body = String::from_utf8(request.body.clone()).unwrap();
+                sound("")
+            }
+            _ => {
+                count.fetch_add(1, Ordering::Relaxed);
+                deleted.clone()
+            }
         }
     });
-    (s3("s3://vols/x", server.address), deletions)
+    let url = "s3://vols/x".parse().unwrap();
+    let objects = objects(&url, &s3_settings(server.address)).unwrap();
+    let catalog = s3("s3://vols/x", server.address);
+    let how = DeleteOptions { threads: 1, ..DeleteOptions::default() };
+    let result = gc::delete_volume(catalog.as_ref(), objects.as_ref(), &id("vol1"), &how, watch);
+    (result, deletions.load(Ordering::Relaxed))
 }
 
 const TWO_OBJECTS: &str = "<ListBucketResult><IsTruncated>false</IsTruncated>\
-    <Contents><Key>x/vol1/a</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>1</ETag><Size>1</Size></Contents>\
-    <Contents><Key>x/vol1/b</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>1</ETag><Size>1</Size></Contents>\
+    <Contents><Key>x/vol1/manifest/1</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>1</ETag><Size>1</Size></Contents>\
+    <Contents><Key>x/vol1/manifest/2</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>1</ETag><Size>1</Size></Contents>\
     </ListBucketResult>";
+
+const NO_UPLOADS: &str =
+    "<ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>";
+
+/// Keeps what it is told.
+#[derive(Default)]
+struct Notes(std::sync::Mutex<Vec<String>>);
+
+impl Watch for Notes {
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn who_may_not_look_for_unfinished_uploads_is_told_and_the_volume_goes() {
+    let gone = "<DeleteResult><Deleted><Key>x/vol1/manifest/1</Key></Deleted>\
+                <Deleted><Key>x/vol1/manifest/2</Key></Deleted></DeleteResult>";
+    let denied = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
+    for (uploads, noted) in [(answer(200, NO_UPLOADS), 0), (answer(403, denied), 1)] {
+        let mut listings = 0;
+        let listed = move || {
+            listings += 1;
+            let empty = "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>";
+            answer(200, if listings == 1 { TWO_OBJECTS } else { empty })
+        };
+        let notes = Notes::default();
+        // The record is deleted by a request of its own, whose answer does not matter here.
+        let (result, _) = delete_from_bucket(listed, answer(200, gone), uploads, &notes);
+        assert_eq!(result.unwrap(), Deletion::Gone { objects: 2, bytes: 2 });
+        let notes = notes.0.into_inner().unwrap();
+        assert_eq!(notes.len(), noted, "{notes:?}");
+        assert!(
+            notes.iter().all(|n| n.contains("vol1") && n.contains("s3:ListBucketMultipartUploads")),
+            "{notes:?}"
+        );
+    }
+    // A server that does not answer is another matter.
+    let listed = || answer(200, "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>");
+    let (result, deletions) = delete_from_bucket(listed, answer(200, gone), None, &Unwatched);
+    assert_eq!((result.unwrap_err().kind(), deletions), (Kind::Unreachable, 0));
+}
 
 #[test]
 fn one_object_that_cannot_be_deleted_fails_the_deletion() {
-    let mixed = "<DeleteResult><Deleted><Key>x/vol1/a</Key></Deleted><Error><Key>x/vol1/b</Key>\
+    let mixed = "<DeleteResult><Deleted><Key>x/vol1/manifest/1</Key></Deleted><Error><Key>x/vol1/manifest/2</Key>\
                  <Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>";
-    let (catalog, deletions) = deleting_bucket(answer(200, TWO_OBJECTS), answer(200, mixed));
-    let e = catalog.delete_data(&id("vol1"), &|| false).unwrap_err();
-    assert!(e.to_string().contains("vol1") && e.hint_text().is_some(), "{e}");
-    assert!(deletions.load(Ordering::Relaxed) > 0, "{e}");
+    let (result, deletions) = delete_from_bucket(
+        || answer(200, TWO_OBJECTS),
+        answer(200, mixed),
+        answer(200, NO_UPLOADS),
+        &Unwatched,
+    );
+    let e = result.unwrap_err();
+    assert!(e.to_string().contains("vol1/manifest/2 is still there") && e.hint_text().is_some(), "{e}");
+    assert!(deletions > 0, "{e}");
 }
 
 #[test]
 fn a_listing_that_fails_is_never_an_empty_volume() {
     for listed in [answer(500, ""), answer(403, ""), answer(200, "<html>hello</html>"), None] {
-        let (catalog, deletions) = deleting_bucket(listed, answer(200, "<DeleteResult></DeleteResult>"));
-        let e = catalog.delete_data(&id("vol1"), &|| false).unwrap_err();
+        let (result, deletions) = delete_from_bucket(
+            move || listed.clone(),
+            answer(200, "<DeleteResult></DeleteResult>"),
+            answer(200, NO_UPLOADS),
+            &Unwatched,
+        );
+        let e = result.unwrap_err();
         assert!(e.hint_text().is_some() && !e.to_string().contains("cannot be used"), "{e}");
-        assert_eq!(deletions.load(Ordering::Relaxed), 0);
+        assert_eq!(deletions, 0);
     }
 }

@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, umount2};
-use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
-use support::csi::{Client, Driver, Mode, at_least, block, mount, parameters};
+use support::cli::{Node, Victim, assert_holds, files_below, pattern, write_durably};
+use support::csi::{Client, Driver, Mode, at_least, block, mount, parameters, refused};
 use support::dir::TestDir;
-use support::require_program;
+use support::zerofs::Daemon;
+use support::{require_program, zerofs_bin};
 use tonic::Code;
 use zerofsctl::csi::proto::CreateVolumeRequest;
 
@@ -199,6 +200,47 @@ fn root_a_killed_zerofs_is_a_stall_for_the_pods_and_their_mounts_stay() {
     assert_holds(&file, &pattern(rounds, 96 * 1024), "in the end");
     assert_eq!(mount_number(&scene.pod), number, "the same mount");
     scene.end("after three deaths of ZeroFS");
+}
+
+#[test]
+fn root_a_volume_that_a_server_in_no_catalog_writes_to_is_not_deleted() {
+    let scene = Scene::new();
+    let Scene { client, node, staging, pod, .. } = &scene;
+    write_durably(&pod.join("data"), &pattern(5, 1 << 20));
+    // As an older driver's pod would have it: the same store and password, and no word in the catalog.
+    let config = fs::read_to_string(node.state().join("volumes/v/config.toml")).unwrap();
+    let own_cache = node.state().join("volumes/v/cache").display().to_string();
+    let other = node.dir.join("other");
+    fs::create_dir(&other).unwrap();
+    assert!(config.contains(&own_cache), "the config names the cache");
+    let config = config.replace(&own_cache, &other.join("cache").display().to_string());
+    fs::write(other.join("config.toml"), config).unwrap();
+    client.unpublish("v", pod).unwrap();
+    client.unstage("v", staging).unwrap();
+
+    let mut command = Command::new(zerofs_bin());
+    command.args(["run", "--config", "config.toml"]).current_dir(&other).env_clear();
+    let mut server = Daemon::start(&mut command, &other.join("log"));
+    support::wait_until("the other server answers", Duration::from_secs(60), || {
+        zerofsctl::zerofs::ninep::Ninep::open(&other, Duration::from_secs(5)).is_ok()
+    });
+    let store = node.state().join("store/v");
+    let objects = || files_below(&store).into_iter().filter(|f| f.is_file()).count();
+    let before = objects();
+    refused(
+        client.delete("v"),
+        Code::Aborted,
+        &["volume v", "a server may be running", "stop whatever serves it"],
+    );
+    assert!(objects() >= before && before > 3, "something was deleted");
+    // It is its own again, and whole, once that server has ended.
+    server.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(server.wait(Duration::from_secs(60)).success());
+    client.stage("v", staging, mount(RWO)).unwrap();
+    client.publish("v", staging, pod, mount(RWO), false).unwrap();
+    assert_holds(&pod.join("data"), &pattern(5, 1 << 20), "after a deletion that was refused");
+    // What was unstaged in good order, a moment ago, is deleted at once.
+    scene.end("after a server in no catalog");
 }
 
 #[test]

@@ -24,6 +24,12 @@ const STAGINGS: [&str; 2] = ["/kubelet/staging/a", "/kubelet/staging/b"];
 const PODS: [&str; 3] = ["/kubelet/pods/1", "/kubelet/pods/2", "/kubelet/pods/3"];
 const SIZES: [i64; 3] = [64 * MIB, 128 * MIB, 192 * MIB];
 const MODES: [Mode; 3] = [Mode::SingleNodeWriter, Mode::SingleNodeMultiWriter, Mode::SingleNodeSingleWriter];
+/// The data is kept, deleted at once, or later.
+const DELETIONS: [&[(&str, &str)]; 3] = [
+    &[],
+    &[("deleteDataOnPVCDelete", "true")],
+    &[("deleteDataOnPVCDelete", "true"), ("deleteDataGracePeriod", "1h")],
+];
 const LOGS: [&str; 3] = ["", "info", "warn"];
 
 /// What the rules know of a volume.
@@ -31,8 +37,12 @@ const LOGS: [&str; 3] = ["", "info", "warn"];
 struct Volume {
     raw: bool,
     delete_data: bool,
+    /// It is deleted only after a while.
+    grace: bool,
     /// Deleted, with its data kept.
     released: bool,
+    /// Deleted, and its data goes later.
+    marked: bool,
     /// A node had it.
     started: bool,
     size: i64,
@@ -160,14 +170,20 @@ fn change(world: &mut World, ask: &Ask) -> Code {
         Ask::CreateVolume(r) => {
             let raw = is_raw(r.volume_capabilities.first());
             let delete_data = r.parameters.contains_key("deleteDataOnPVCDelete");
+            let grace = r.parameters.contains_key("deleteDataGracePeriod");
             let size = required(r.capacity_range.as_ref());
             match known {
-                Some(v) if v.released || size > v.size || (raw, delete_data) != (v.raw, v.delete_data) => {
+                Some(v)
+                    if v.released
+                        || v.marked
+                        || size > v.size
+                        || (raw, delete_data, grace) != (v.raw, v.delete_data, v.grace) =>
+                {
                     return Code::AlreadyExists;
                 }
                 Some(_) => {}
                 None => {
-                    world.insert(id, Volume { raw, delete_data, size, ..Volume::default() });
+                    world.insert(id, Volume { raw, delete_data, grace, size, ..Volume::default() });
                 }
             }
             Code::Ok
@@ -176,6 +192,7 @@ fn change(world: &mut World, ask: &Ask) -> Code {
             match known {
                 Some(v) if v.staged.is_some() || v.published.is_some() => return Code::FailedPrecondition,
                 Some(v) if v.started && !v.delete_data => v.released = true,
+                Some(v) if v.started && v.grace => v.marked = true,
                 _ => drop(world.remove(&id)),
             }
             Code::Ok
@@ -208,7 +225,9 @@ fn change(world: &mut World, ask: &Ask) -> Code {
         }
         Ask::ValidateVolumeCapabilities(_) => known.map_or(Code::NotFound, |_| Code::Ok),
         Ask::ListVolumes(_) => Code::Ok,
-        Ask::ControllerGetVolume(_) => known.filter(|v| !v.released).map_or(Code::NotFound, |_| Code::Ok),
+        Ask::ControllerGetVolume(_) => {
+            known.filter(|v| !v.released && !v.marked).map_or(Code::NotFound, |_| Code::Ok)
+        }
         Ask::ControllerExpandVolume(r) => {
             let Some(v) = known else { return Code::NotFound };
             v.size = v.size.max(required(r.capacity_range.as_ref()));
@@ -232,6 +251,7 @@ fn change(world: &mut World, ask: &Ask) -> Code {
             }
             v.staged = Some(r.staging_target_path.clone());
             v.started = true;
+            v.marked = false;
             Code::Ok
         }
         Ask::NodeUnstageVolume(r) => {
@@ -324,7 +344,7 @@ fn any_ask() -> impl Strategy<Value = Ask> {
                         name: volume_id,
                         capacity_range,
                         volume_capabilities: vec![capability],
-                        parameters: parameters(if flag { &[("deleteDataOnPVCDelete", "true")] } else { &[] }),
+                        parameters: parameters(DELETIONS[usize::from(flag) * (1 + usize::from(at_staging))]),
                         ..Default::default()
                     }),
                     1 => Ask::DeleteVolume(DeleteVolumeRequest { volume_id, ..Default::default() }),
@@ -524,6 +544,8 @@ impl Case<'_> {
             volume = Volume {
                 raw: provision.block,
                 delete_data: provision.delete_data,
+                grace: provision.delete_grace_seconds.is_some(),
+                marked: record.mark().is_some(),
                 released: record.state == State::Released,
                 started: record.epoch > 0,
                 size: record.size().bytes() as i64,
@@ -556,13 +578,14 @@ impl Case<'_> {
             self.step(Ask::DeleteVolume(ask), Spoilt::Nothing, Manner::Once);
         }
         assert!(self.model.on_node().is_empty());
-        assert!(self.world.values().all(|v| v.released), "{:?}", self.world);
+        assert!(self.world.values().all(|v| v.released || v.marked), "{:?}", self.world);
     }
 }
 
 /// The way of a volume that works, with other calls in between: at random alone, calls seldom get far.
 fn any_calls() -> impl Strategy<Value = Vec<(Ask, Spoilt, Manner)>> {
-    let way = prop::bool::weighted(0.25).prop_map(|raw| {
+    let deletion = prop::sample::select(&DELETIONS[..]);
+    let way = (prop::bool::weighted(0.25), deletion).prop_map(|(raw, deletion)| {
         let capability = if raw { block(MODES[0]) } else { mount(MODES[0]) };
         let volume_id = VOLUMES[0].to_owned();
         vec![
@@ -570,6 +593,7 @@ fn any_calls() -> impl Strategy<Value = Vec<(Ask, Spoilt, Manner)>> {
                 name: volume_id.clone(),
                 capacity_range: at_least(SIZES[0]),
                 volume_capabilities: vec![capability.clone()],
+                parameters: parameters(deletion),
                 ..Default::default()
             }),
             Ask::NodeStageVolume(NodeStageVolumeRequest {

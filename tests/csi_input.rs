@@ -429,6 +429,8 @@ fn parameters_that_nobody_knows() {
         ("filesystem", "ext4,xfs"),
         ("deleteDataOnPVCDelete", "yes"),
         ("deleteDataOnPVCDelete", "TRUE"),
+        ("deleteDataGracePeriod", "24"),
+        ("deleteDataGracePeriod", "tomorrow"),
         ("configMapName", "../kube-system/secret"),
         ("configMapName", "a b"),
         ("mountOptions", "bind"),

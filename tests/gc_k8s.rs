@@ -6,6 +6,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,11 +14,13 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use support::cli::{Answer, Node};
+use support::csi::{Driver, refused};
 use support::kube::{Kube, config_of, plain_kubeconfig};
 use support::proxy::{FaultProxy, Mode};
 use support::script::{self, Request, Script, answer};
+use tonic::Code;
 use zerofsctl::catalog::{self, Catalog, Objects, State, StorageUrl, VolumeRecord, Written};
-use zerofsctl::error::Kind;
+use zerofsctl::error::{Error, Kind};
 use zerofsctl::gc::{
     ClusterWitness, Collector, Limit, Options, Outcome, Patience, Unwatched, Verdict, Witness,
 };
@@ -355,15 +358,21 @@ fn between(
     let kube = Arc::downgrade(kube);
     Script::new(move |request| {
         let kube = kube.upgrade()?;
-        let asked =
-            hyper::Request::get(&request.path).header("accept", &request.accept).body(Vec::new()).unwrap();
-        let (status, body) = match kube.run(async |client| client.request_text(asked).await) {
-            Ok(text) => (200, serde_json::from_str(&text).unwrap()),
-            Err(kube::Error::Api(status)) => (status.code, serde_json::to_value(&*status).unwrap()),
-            Err(e) => panic!("the real server: {e}"),
-        };
+        let client = kube.run(async |client| client);
+        let (status, body) = forward(&kube, &client, request);
         meddle(request, status, body)
     })
+}
+
+/// The real server's answer to a request, as `client` gets it.
+fn forward(kube: &Kube, client: &kube::Client, request: &Request) -> (u16, Value) {
+    let asked =
+        hyper::Request::get(&request.path).header("accept", &request.accept).body(Vec::new()).unwrap();
+    match kube.run(async |_| client.request_text(asked).await) {
+        Ok(text) => (200, serde_json::from_str(&text).unwrap()),
+        Err(kube::Error::Api(status)) => (status.code, serde_json::to_value(&*status).unwrap()),
+        Err(e) => panic!("the real server: {e}"),
+    }
 }
 
 fn pass(status: u16, body: &Value) -> script::Answer {
@@ -481,6 +490,7 @@ fn root_a_list_that_is_cut_short_or_makes_no_sense_deletes_nothing() {
         let e = lab.collector(&witnesses).scan().expect_err(what);
         assert_eq!(e.kind(), Kind::Unreachable, "{what}: {e}");
         assert!(e.hint_text().is_some() && e.message().contains("between"), "{what}: {e:?}");
+        assert!(e.message().ends_with("; nothing was deleted"), "{what}: {e:?}");
         assert!(hits.load(Ordering::Relaxed) > 0, "{what}: it was never asked");
         // The program itself, where its larger pages make no difference.
         if !which(&page_request()) {
@@ -616,6 +626,157 @@ fn root_who_may_not_know_everything_deletes_nothing() {
     made.iter().chain(&pvs).for_each(|o| kube.delete(o));
 }
 
+/// A real 401 between two pages of one list.
+#[test]
+fn root_a_token_that_expires_in_the_middle_of_a_list_deletes_nothing() {
+    let (kube, lab) = (Kube::shared(), Lab::new());
+    let pvs = marked(&kube, &lab, "j");
+    collectors_token(&kube);
+    // On a busy machine even the first page may come too late; then it is given more time.
+    let struck = [15, 60, 240].into_iter().any(|seconds| {
+        let (e, codes) = scan_with_a_token_for(seconds, &kube, &lab);
+        assert_eq!(e.kind(), Kind::Unreachable, "{e}");
+        assert!(e.message().contains("does not know who we are"), "{e}");
+        assert!(e.message().ends_with("; nothing was deleted") && e.hint_text().is_some(), "{e:?}");
+        let (last, before) = codes.split_last().unwrap();
+        assert!(*last == 401 && before.iter().all(|c| *c == 200), "{codes:?}");
+        // Who it is, pods, attachments, and the first page of the volumes.
+        before.len() >= 4
+    });
+    assert!(struck, "it never was in the middle");
+    lab.assert_whole("j-orphan");
+    pvs.iter().for_each(|o| kube.delete(o));
+}
+
+/// A scan whose token is good for so long, and which gets the second page of the volumes only after that; with the codes of
+/// the real server's answers.
+fn scan_with_a_token_for(seconds: i64, kube: &Arc<Kube>, lab: &Lab) -> (Error, Vec<u16>) {
+    // A minute more is allowed for clocks that differ, and that a token was good is remembered for ten seconds.
+    let end = Timestamp::now().as_second() + seconds - 60;
+    let path = kube.kubeconfig(lab.node.dir.path(), "short", &kube.token_until("zerofs", "zerofs-gc", end));
+    let client = kube.run(async |_| kube::Client::try_from(read(&path).await).unwrap());
+    let codes = Arc::new(Mutex::new(Vec::new()));
+    let (noted, kube_there) = (codes.clone(), Arc::downgrade(kube));
+    let server = Script::new(move |request| {
+        let kube = kube_there.upgrade()?;
+        let second = request.path.contains("/persistentvolumes") && request.path.contains("continue=");
+        while second && Timestamp::now().as_second() < end + 60 + 12 {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let (status, body) = forward(&kube, &client, request);
+        noted.lock().unwrap().push(status);
+        pass(status, &body)
+    });
+    let path = plain_kubeconfig(server.address, lab.node.dir.path(), "between");
+    let config = kube.run(async |_| read(&path).await);
+    let patient = Duration::from_secs(seconds as u64 + 120);
+    let witness =
+        ClusterWitness::new(Cluster::from_config("between", config).unwrap().paged(2).patient(patient));
+    let witnesses: [&dyn Witness; 1] = [&witness];
+    let e = lab.collector(&witnesses).scan().unwrap_err();
+    let codes = codes.lock().unwrap().clone();
+    (e, codes)
+}
+
+/// The pod of a driver or a collector: the variables and files that a kubelet gives it. It has mounts of its own.
+fn in_pod(kube: &Kube, at: std::net::SocketAddr, node: &Node, token: &str, words: &[&str]) -> Command {
+    let secrets = node.dir.join(format!("serviceaccount-{}", jiff::Timestamp::now().as_nanosecond()));
+    fs::create_dir(&secrets).unwrap();
+    for (name, text) in [("token", token), ("ca.crt", &kube.certificate()), ("namespace", "zerofs")] {
+        fs::write(secrets.join(name), text).unwrap();
+    }
+    let script = format!(
+        "mount -t tmpfs pod /run && mkdir -p /run/secrets/kubernetes.io && mkdir -p '{run}' && \
+         ln -s '{secrets}' /run/secrets/kubernetes.io/serviceaccount && exec \"$@\"",
+        run = node.run_root().display(),
+        secrets = secrets.display()
+    );
+    let mut command = node.wrapped(&["unshare", "--mount", "sh", "-c", &script, "sh"], words);
+    command
+        .env("KUBERNETES_SERVICE_HOST", at.ip().to_string())
+        .env("KUBERNETES_SERVICE_PORT", at.port().to_string());
+    command
+}
+
+#[test]
+fn root_a_driver_in_a_pod_makes_volumes_of_its_cluster_and_the_collector_knows_them() {
+    let (kube, lab) = (Kube::shared(), Lab::new());
+    let account = ("zerofs", "zerofs-csi-controller");
+    let (namespace, rest): (Vec<Value>, Vec<Value>) =
+        manifest("csi-rbac.yaml").into_iter().partition(|o| o["kind"] == "Namespace");
+    kube.apply(&namespace[0], false).unwrap();
+    let (accounts, rights): (Vec<Value>, Vec<Value>) =
+        rest.into_iter().partition(|o| o["kind"] == "ServiceAccount");
+    kube.apply(&accounts[0], false).unwrap();
+    let token = kube.token(account.0, account.1);
+    let proxy = FaultProxy::start(kube.address());
+    let url = lab.url.to_string();
+    let serve = |more: &[&str]| {
+        let words = ["--role", "controller", "--storage-url", &url, "-vv"];
+        let (words, socket) = support::csi::words(&lab.node, &[&words[..], more].concat());
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        Driver::spawn(in_pod(&kube, proxy.address(), &lab.node, &token, &words), socket, &lab.node)
+    };
+    let driver = serve(&[]);
+    let client = driver.client();
+    let create = |name: &str| client.create_plain(name, 64 << 20, &[("deleteDataOnPVCDelete", "true")]);
+
+    // Who may not ask makes nothing, and is told what to do about it. Neither does who gets no answer.
+    refused(
+        create("k-early"),
+        Code::Unavailable,
+        &["which cluster", "forbidden", "csi-rbac.yaml", "--cluster-id"],
+    );
+    for right in &rights {
+        kube.apply(right, false).unwrap();
+    }
+    proxy.set(Mode::Refuse);
+    refused(create("k-early"), Code::Unavailable, &["which cluster", "no whole answer", "--cluster-id"]);
+    assert!(client.list(0, "").unwrap().entries.is_empty(), "a volume of no cluster was made");
+    proxy.set(Mode::Pass);
+    // Rights take a moment to get around.
+    support::wait_until("the role is known", Duration::from_secs(60), || create("k-pv").is_ok());
+    // Once it is known, nobody needs to be asked.
+    proxy.set(Mode::Refuse);
+    create("k-orphan").unwrap();
+    for name in ["k-pv", "k-orphan"] {
+        assert_eq!(lab.record(name).unwrap().cluster, Some(kube.identity()), "{name}");
+    }
+    let log = driver.log();
+    assert!(log.contains(&kube.identity()) && !log.contains(&token), "a token is no word for a log");
+    assert!(driver.stop().success());
+
+    // With a name for it, or none, nobody is asked.
+    for (id, cluster) in [("none", None), ("c-1", Some("c-1"))] {
+        let driver = serve(&["--cluster-id", id]);
+        let name = format!("k-{id}");
+        driver.client().create_plain(&name, 64 << 20, &[]).unwrap();
+        assert_eq!(lab.record(&name).unwrap().cluster.as_deref(), cluster);
+        assert!(driver.stop().success());
+    }
+    proxy.set(Mode::Pass);
+
+    // The collector, in a pod of its own, sees whose they are.
+    let collectors = collectors_token(&kube);
+    let live = pv("k-some-name", "k-pv", "Bound");
+    kube.create(&live);
+    let scan = ["gc-s3", "scan", "--storage-url", &url, "--min-age", "0s", "-o", "json"];
+    let mut found = BTreeMap::new();
+    support::wait_until("the collector may look", Duration::from_secs(60), || {
+        let answer = Answer::of(&mut in_pod(&kube, kube.address(), &lab.node, &collectors, &scan));
+        if answer.code == Some(0) {
+            for volume in answer.json()["volumes"].as_array().unwrap() {
+                let text = |key: &str| volume[key].as_str().unwrap().to_owned();
+                found.insert(text("volume"), text("verdict"));
+            }
+        }
+        answer.code == Some(0)
+    });
+    let expected = [("k-pv", "live"), ("k-orphan", "orphan"), ("k-none", "retained"), ("k-c-1", "unknown")];
+    assert_verdicts(&found, &expected);
+    kube.delete(&live);
+}
+
 #[test]
 fn root_a_network_that_fails_deletes_nothing() {
     let (kube, lab) = (Kube::shared(), Lab::new());
@@ -641,7 +802,9 @@ fn root_a_network_that_fails_deletes_nothing() {
     let plan = collector.plan_sweep(&scan).unwrap();
     assert_eq!(plan.lines.len(), 1);
     proxy.set(Mode::Refuse);
-    assert_eq!(collector.sweep(&scan, &plan).unwrap_err().kind(), Kind::Unreachable);
+    let e = collector.sweep(&scan, &plan).unwrap_err();
+    assert_eq!(e.kind(), Kind::Unreachable, "{e}");
+    assert!(e.message().ends_with("; nothing was deleted"), "{e}");
     lab.assert_whole("g-orphan");
     // Somebody else at the same address: a certificate that is not the cluster's.
     let stranger = Script::new(|_| answer(200, "{}"));
@@ -716,7 +879,7 @@ fn root_the_manifests_are_what_a_real_server_takes_and_their_commands_run() {
     let (kube, lab) = (Kube::shared(), Lab::new());
     let token = collectors_token(&kube);
     let cron = manifest("gc-cronjob.yaml");
-    for object in manifest("gc-rbac.yaml").iter().chain(&cron) {
+    for object in manifest("gc-rbac.yaml").iter().chain(&manifest("csi-rbac.yaml")).chain(&cron) {
         kube.apply(object, true).unwrap_or_else(|e| panic!("{object:#}: {e}"));
     }
     // A word that no server knows is an error here, so those above have none.
@@ -741,15 +904,24 @@ fn root_the_manifests_are_what_a_real_server_takes_and_their_commands_run() {
         ["initContainers", "containers"].iter().flat_map(|c| pod[*c].as_array().unwrap().clone()).collect();
     let names: Vec<&str> = containers.iter().map(|c| c["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["scan", "mark", "sweep"]);
+    let metrics = lab.node.dir.join("metrics");
+    fs::create_dir(&metrics).unwrap();
     for container in &containers {
         let words: Vec<String> = container["args"]
             .as_array()
             .unwrap()
             .iter()
             .map(|w| w.as_str().unwrap().replace("/etc/zerofs-gc/config.yaml", config.to_str().unwrap()))
+            .map(|w| w.replace("/metrics/", &format!("{}/", metrics.display())))
             .collect();
         Answer::of(lab.node.command(&words).env("KUBECONFIG", &kubeconfig)).expect_code(0);
     }
     lab.assert_whole("i-live");
+    for step in names {
+        let text = fs::read_to_string(metrics.join(format!("zerofs-gc-{step}.prom"))).unwrap();
+        let line =
+            format!("zerofs_gc_volumes{{command=\"{step}\",store=\"{}\",verdict=\"live\"}} 1", lab.url);
+        assert!(text.lines().any(|l| l == line), "{text}");
+    }
     kube.delete(&live);
 }

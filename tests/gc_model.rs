@@ -294,10 +294,6 @@ impl Catalog for Model {
         &self.1
     }
 
-    fn delete_data(&self, _: &VolumeId, _: &dyn Fn() -> bool) -> Result<u64> {
-        panic!("the collector deletes objects by way of `Objects`");
-    }
-
     fn get(&self, id: &VolumeId) -> Result<Option<(VolumeRecord, Tag)>> {
         let mut w = self.world();
         let fate = w.fate();
@@ -703,7 +699,7 @@ fn case(seed: u64) {
                 model.world().grace = 0;
             }
             model.world().at_work.insert(volume.clone());
-            let _ = gc::delete_volume(&model, &model, volume, &own);
+            let _ = gc::delete_volume(&model, &model, volume, &own, &Unwatched);
             let mut w = model.world();
             w.grace = GRACE;
             let named = named.iter().cloned().collect::<Vec<_>>();
@@ -915,11 +911,85 @@ fn an_unreachable_cluster_or_an_error_ends_it_with_nothing_deleted() {
     model.world().clusters.get_mut("c-1").unwrap().reachable = false;
     let e = collector.sweep(&scan, &plan).unwrap_err();
     assert_eq!((e.kind(), e.volume()), (Kind::Unreachable, Some(&volume)), "{e}");
+    assert!(e.message().ends_with("; nothing was deleted"), "{e}");
     let e = collector.scan().unwrap_err();
     assert_eq!(e.kind(), Kind::Unreachable, "{e}");
-    assert!(e.to_string().contains("c-1"), "{e}");
+    assert!(e.message().contains("c-1") && e.message().ends_with("; nothing was deleted"), "{e}");
     let w = model.world();
     assert!(w.bucket.records[&volume].0.mark().is_some() && w.doomed.is_empty());
+}
+
+#[test]
+fn a_volume_that_csi_gives_to_a_node_before_the_last_look_is_kept_and_stops_no_sweep() {
+    let (model, volume) = due();
+    let apis = ["c-1", "c-2"].map(|c| Api { model: &model, cluster: c.to_owned() });
+    let witnesses: Vec<&dyn Witness> = apis.iter().map(|a| a as &dyn Witness).collect();
+    let collector = Collector {
+        catalog: &model,
+        objects: &model,
+        witnesses: &witnesses,
+        options: options(Limit::default()),
+        watch: &Unwatched,
+    };
+    let scan = collector.scan().unwrap();
+    let plan = collector.plan_sweep(&scan).unwrap();
+    assert_eq!(plan.lines.len(), 1);
+    {
+        let mut w = model.world();
+        let w = &mut *w;
+        w.version += 1;
+        let (record, version, _) = w.bucket.records.get_mut(&volume).unwrap();
+        *version = w.version;
+        record.published = Some(zerofsctl::catalog::Published {
+            node: "node-b".into(),
+            read_only: false,
+            mode: "SINGLE_NODE_WRITER".into(),
+            since: at(w.now),
+        });
+    }
+    let swept = collector.sweep(&scan, &plan).unwrap();
+    let kept =
+        matches!(&swept.volumes[..], [(_, Outcome::Kept(why))] if why.contains("published to node node-b"));
+    assert!(kept, "{swept:?}");
+    let w = model.world();
+    assert!(w.doomed.is_empty() && w.bucket.records[&volume].0.mark().is_none());
+}
+
+#[test]
+fn an_error_in_the_middle_of_a_sweep_tells_what_is_gone() {
+    let (model, volume) = due();
+    let first = id("first");
+    {
+        // Its deletion has begun, so that nobody needs to be asked.
+        let mut w = model.world();
+        let w = &mut *w;
+        let (mut record, ..) = w.bucket.records[&volume].clone();
+        (record.id, record.tombstone, record.state) = (first.clone(), None, State::Deleting);
+        w.version += 1;
+        let (version, old) = (w.version, w.now - 50_000);
+        w.bucket.records.insert(first.clone(), (record, version, old));
+        w.doomed.insert(first.clone());
+        w.bucket.objects.insert(format!("{first}/manifest/000001.manifest"), old);
+    }
+    let apis = ["c-1", "c-2"].map(|c| Api { model: &model, cluster: c.to_owned() });
+    let witnesses: Vec<&dyn Witness> = apis.iter().map(|a| a as &dyn Witness).collect();
+    let collector = Collector {
+        catalog: &model,
+        objects: &model,
+        witnesses: &witnesses,
+        options: options(Limit::default()),
+        watch: &Unwatched,
+    };
+    let scan = collector.scan().unwrap();
+    let plan = collector.plan_sweep(&scan).unwrap();
+    assert_eq!(plan.lines.iter().map(|l| &l.volume).collect::<Vec<_>>(), [&first, &volume]);
+    model.world().clusters.get_mut("c-1").unwrap().reachable = false;
+    let e = collector.sweep(&scan, &plan).unwrap_err();
+    assert_eq!((e.kind(), e.volume()), (Kind::Unreachable, Some(&volume)), "{e}");
+    assert!(e.message().contains("; 1 volumes were deleted before"), "{e}");
+    assert!(!e.message().contains("nothing was deleted"), "{e}");
+    let w = model.world();
+    assert!(!w.bucket.records.contains_key(&first) && w.bucket.records[&volume].0.mark().is_some());
 }
 
 #[test]
@@ -965,7 +1035,7 @@ fn delete_volume_refuses_what_is_in_use_and_finishes_what_was_cut_short() {
         assert!(w.happen(&volume, Event::Attach));
         w.given_up.insert(volume.clone());
     }
-    let e = gc::delete_volume(&model, &model, &volume, &now).unwrap_err();
+    let e = gc::delete_volume(&model, &model, &volume, &now, &Unwatched).unwrap_err();
     assert_eq!(e.kind(), Kind::Busy, "{e}");
     {
         // Released, and then a server that is in no catalog writes.
@@ -975,27 +1045,33 @@ fn delete_volume_refuses_what_is_in_use_and_finishes_what_was_cut_short() {
         let time = w.now;
         w.bucket.objects.insert(format!("{volume}/manifest/900000.manifest"), time);
     }
-    let e = gc::delete_volume(&model, &model, &volume, &now).unwrap_err();
+    let e = gc::delete_volume(&model, &model, &volume, &now, &Unwatched).unwrap_err();
     assert_eq!(e.kind(), Kind::Busy, "{e}");
     assert!(e.to_string().contains("a server may be running"), "{e}");
     model.world().now += 301;
     let later = DeleteOptions { grace: Some(SignedDuration::from_hours(2)), ..now };
-    let due = match gc::delete_volume(&model, &model, &volume, &later).unwrap() {
+    let due = match gc::delete_volume(&model, &model, &volume, &later, &Unwatched).unwrap() {
         Deletion::Marked { due } => due,
         other => panic!("{other:?}"),
     };
-    assert_eq!(gc::delete_volume(&model, &model, &volume, &later).unwrap(), Deletion::Marked { due });
+    assert_eq!(
+        gc::delete_volume(&model, &model, &volume, &later, &Unwatched).unwrap(),
+        Deletion::Marked { due }
+    );
     model.world().now += 2 * 3600 + 10;
     model.world().dies_in = Some(14);
-    gc::delete_volume(&model, &model, &volume, &later).unwrap_err();
+    gc::delete_volume(&model, &model, &volume, &later, &Unwatched).unwrap_err();
     {
         let mut w = model.world();
         (w.dead, w.dies_in) = (false, None);
         w.now += 1000;
         assert_eq!(w.bucket.records[&volume].0.state, State::Deleting);
     }
-    assert!(matches!(gc::delete_volume(&model, &model, &volume, &now).unwrap(), Deletion::Gone { .. }));
-    assert_eq!(gc::delete_volume(&model, &model, &volume, &now).unwrap(), Deletion::WasGone);
+    assert!(matches!(
+        gc::delete_volume(&model, &model, &volume, &now, &Unwatched).unwrap(),
+        Deletion::Gone { .. }
+    ));
+    assert_eq!(gc::delete_volume(&model, &model, &volume, &now, &Unwatched).unwrap(), Deletion::WasGone);
     // An older driver's volume has no record: the word of its owner is enough.
     {
         let mut w = model.world();
@@ -1003,9 +1079,9 @@ fn delete_volume_refuses_what_is_in_use_and_finishes_what_was_cut_short() {
         w.given_up.insert(id("ancient"));
         w.bucket.objects.insert("ancient/manifest/000001.manifest".into(), old);
     }
-    let gone = gc::delete_volume(&model, &model, &id("ancient"), &now).unwrap();
+    let gone = gc::delete_volume(&model, &model, &id("ancient"), &now, &Unwatched).unwrap();
     assert_eq!(gone, Deletion::Gone { objects: 1, bytes: 10 });
-    let e = gc::delete_volume(&model, &model, &id("photos"), &now).unwrap_err();
+    let e = gc::delete_volume(&model, &model, &id("photos"), &now, &Unwatched).unwrap_err();
     assert_eq!(e.kind(), Kind::Refused, "{e}");
 }
 

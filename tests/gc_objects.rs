@@ -169,13 +169,15 @@ fn marked_volumes_go_from_a_bucket_with_all_that_is_theirs_and_nothing_else() {
     // The store's times are whole seconds; a later one than that of the record is what counts.
     std::thread::sleep(Duration::from_millis(1100));
     moto.put("vols", "vol10/manifest/1", b"abc");
-    let gone = gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &now);
+    let gone = gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &now, &Unwatched);
     // It was written to after its record, a moment ago: a server may be running.
     assert_eq!(gone.unwrap_err().kind(), Kind::Busy);
     let at_once = DeleteOptions { quiet: zero, ..now };
-    let gone = gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &at_once).unwrap();
+    let gone =
+        gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &at_once, &Unwatched).unwrap();
     assert_eq!(gone, Deletion::Gone { objects: 4, bytes: 12 });
-    let again = gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &at_once).unwrap();
+    let again =
+        gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &at_once, &Unwatched).unwrap();
     assert_eq!(again, Deletion::WasGone);
     assert!(records.get(&id("kept")).unwrap().is_some());
 }

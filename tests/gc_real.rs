@@ -2,7 +2,9 @@
 
 mod support;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -236,4 +238,88 @@ fn root_bad_input_changes_nothing_and_says_what_to_do() {
     }
     let keys = lab.moto.keys("vols", "");
     assert_eq!(keys.len(), 3, "{keys:?}");
+}
+
+/// The samples of a text as Prometheus' own parser takes it: each of a metric that has a help and is a gauge, and none twice.
+fn samples(text: &str) -> BTreeMap<String, f64> {
+    let (mut helped, mut typed, mut found) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+    assert!(text.ends_with('\n'), "the last line has an end");
+    for line in text.lines() {
+        let mut words = line.splitn(4, ' ');
+        match (words.next().unwrap(), words.next(), words.next(), words.next()) {
+            ("#", Some("HELP"), Some(name), Some(_)) => assert!(helped.insert(name), "{line}"),
+            ("#", Some("TYPE"), Some(name), Some("gauge")) => assert!(typed.insert(name), "{line}"),
+            // For others these are comments.
+            ("#", Some("UNIT"), Some(_), Some(_)) | ("#", Some("EOF"), None, None) => {}
+            (series, Some(value), None, None) => {
+                let name = series.split('{').next().unwrap();
+                assert!(helped.contains(name) && typed.contains(name), "{line}");
+                assert!(name.starts_with("zerofs_gc_") && series.ends_with('}'), "{line}");
+                assert!(found.insert(series.to_owned(), value.parse().unwrap()).is_none(), "{line} twice");
+            }
+            _ => panic!("{line:?} is no line of metrics"),
+        }
+    }
+    found
+}
+
+#[test]
+fn root_the_metrics_of_a_run_tell_how_it_ended() {
+    let lab = Lab::new();
+    let node = &lab.node;
+    lab.attach("kept");
+    node.ok(&["detach", "kept"]);
+    lab.attach("orphan");
+    node.ok(&["detach", "orphan"]);
+    let path = node.dir.join("zerofs-gc.prom");
+    let file = path.to_str().unwrap();
+    let run = |words: &[&str]| {
+        node.run(&lab.words(&[words, &["--no-kubernetes", "--metrics-file", file]].concat()))
+    };
+    let of = |command: &str, name: &str, more: &str| {
+        let text = fs::read_to_string(&path).unwrap();
+        let all = samples(&text);
+        let series = format!("zerofs_gc_{name}{{command=\"{command}\",store=\"s3://vols/csi\"{more}}}");
+        all.get(&series).copied().unwrap_or_else(|| panic!("no {series} in\n{text}"))
+    };
+
+    run(&["gc-s3", "scan"]).expect_code(0);
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644, "node_exporter reads it");
+    assert_eq!(of("scan", "volumes", ",verdict=\"retained\""), 2.0);
+    assert_eq!(of("scan", "volumes", ",verdict=\"orphan\""), 0.0);
+    let stored = lab.keys("kept") + lab.keys("orphan");
+    assert_eq!(of("scan", "stored_objects", ",verdict=\"retained\""), stored as f64);
+    assert!(of("scan", "stored_bytes", ",verdict=\"retained\"") > 1000.0);
+    assert_eq!(of("scan", "last_run_exit_code", ""), 0.0);
+    let success = of("scan", "last_success_timestamp_seconds", "");
+    assert_eq!(success, of("scan", "last_run_timestamp_seconds", ""));
+    // A run that fails says so, keeps no number of another day, and the time of the last success.
+    let wrong = ["gc-s3", "scan", "--context", "nowhere", "--metrics-file", file];
+    node.run(&lab.words(&wrong)).expect_code(2);
+    assert_eq!(of("scan", "last_run_exit_code", ""), 2.0);
+    assert_eq!(of("scan", "last_success_timestamp_seconds", ""), success);
+    assert!(!fs::read_to_string(&path).unwrap().contains("zerofs_gc_volumes"));
+
+    // A volume that is named counts as one that nobody wants.
+    run(&["gc-s3", "mark", "orphan"]).expect_code(0);
+    assert_eq!((of("mark", "newly_marked_volumes", ""), of("mark", "marked_volumes", "")), (1.0, 0.0));
+    let objects = lab.keys("orphan");
+    // The object store tells whole seconds: a mark is due from the next one on.
+    std::thread::sleep(Duration::from_secs(2));
+    let all = ["gc-s3", "sweep", "--grace", "0s", "--quiet", "0s", "--max-delete", "100%", "--yes"];
+    run(&all).expect_code(0);
+    assert_eq!(of("sweep", "swept_volumes", ",outcome=\"gone\""), 1.0);
+    assert_eq!(of("sweep", "swept_volumes", ",outcome=\"failed\""), 0.0);
+    assert_eq!(of("sweep", "deleted_objects", ""), objects as f64);
+    assert!(of("sweep", "deleted_bytes", "") > 1000.0);
+    assert_eq!(lab.keys("orphan"), 0);
+
+    // A slip of the hand replaces nothing, and is told before anything is done.
+    for wrong in ["config.yaml", "nowhere/zerofs-gc.prom", "."] {
+        let answer = node.run(&lab.words(&["gc-s3", "scan", "--no-kubernetes", "--metrics-file", wrong]));
+        answer.expect_error(2, &[wrong.split('/').next().unwrap()]);
+    }
+    assert!(fs::read_to_string(node.dir.join("config.yaml")).unwrap().contains("storageURL"));
+    run(&["gc-s3", "sweep", "--dry-run"]).expect_error(2, &["--metrics-file"]);
+    run(&["gc-s3", "sweep", "--plan", "plan.json"]).expect_error(2, &["--metrics-file", "deletes nothing"]);
 }

@@ -2,10 +2,14 @@
 //! this machine. `cargo insta review` accepts a change; the model's plans and reports are in tests/snapshots.rs, since
 //! a fork here would for an instant hold the locks that are taken there.
 
+mod support;
+
 use std::path::Path;
 use std::process::Command;
 
 use insta::assert_snapshot;
+use support::kube;
+use support::script::{Script, answer};
 
 /// The program with nothing from this machine: no PATH, no home, its own folders.
 fn program(args: &[&str], dir: &Path) -> Command {
@@ -136,6 +140,7 @@ fn wrong_settings() {
         ("lsmFlushIntervalSecs: 1\n", "out of range"),
         ("storageURL: s3://bucket\nawsEndpoint: http://127.0.0.1:9\n", "plain HTTP, not allowed"),
         ("kind: ConfigMap\ndata:\n  cacheDiskSizeGB: 1.5\n", "a number in a ConfigMap"),
+        ("deleteDataGracePeriod: tomorrow\n", "no time"),
         ("a: [b\n", "no YAML"),
         ("storageURL: s3://bucket\nawsCredentialsSecretName: aws\n", "a missing Secret"),
         ("encryptionPasswordSecretName: hunter2!\n", "a password where a name should be"),
@@ -144,6 +149,44 @@ fn wrong_settings() {
         stories += &format!("# {what}\n{}\n", story(&["list", "--config", "c.yaml"], dir.path()));
     }
     assert!(!stories.contains("hunter2"), "{stories}");
+    assert_snapshot!(stories);
+}
+
+#[test]
+fn a_cluster_that_cannot_be_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("store")).unwrap();
+    let url = format!("file://{}", dir.path().join("store").display());
+    let mut stories = String::new();
+    let mut sweep = |what: &str, address: std::net::SocketAddr| {
+        let kubeconfig = kube::plain_kubeconfig(address, dir.path(), "prod");
+        let args = ["gc-s3", "sweep", "--yes", "--context", "prod", "--storage-url", &url];
+        let mut command = program(&args, dir.path());
+        command.env("KUBECONFIG", kubeconfig);
+        let story = told(&args, command, dir.path());
+        assert!(story.contains("; nothing was deleted\n") && story.contains("! hint: "), "{story}");
+        stories += &format!("# {what}\n{story}\n");
+    };
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    sweep("nobody is there", free);
+    let status = |code: u16, reason: &str| {
+        let status = serde_json::json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code, "reason": reason,
+            "message": "hunter22",
+        });
+        answer(code, &status.to_string())
+    };
+    for (what, told) in [
+        ("an expired token", status(401, "Unauthorized")),
+        ("a right that is missing", status(403, "Forbidden")),
+        ("a refusal", status(500, "InternalError")),
+        ("a web page", answer(200, "<html>log in</html>")),
+        ("something else than a namespace", answer(200, "{}")),
+    ] {
+        let server = Script::new(move |_| told.clone());
+        sweep(what, server.address);
+    }
+    assert!(!stories.contains("hunter22"), "{stories}");
     assert_snapshot!(stories);
 }
 

@@ -60,8 +60,4 @@ impl Catalog for LazyCatalog {
     fn data_prefix(&self, id: &VolumeId) -> Result<DataPrefix> {
         self.opened()?.data_prefix(id)
     }
-
-    fn delete_data(&self, id: &VolumeId, stop: &dyn Fn() -> bool) -> Result<u64> {
-        self.opened()?.delete_data(id, stop)
-    }
 }

@@ -36,11 +36,6 @@ impl LocalCatalog {
         Ok(LocalCatalog { root: root.to_owned(), url })
     }
 
-    /// The store's folder.
-    pub(super) fn root(&self) -> &Path {
-        &self.root
-    }
-
     fn folder(&self) -> PathBuf {
         self.root.join(FOLDER)
     }
@@ -185,10 +180,6 @@ impl Catalog for LocalCatalog {
             names.push(name);
         }
         Ok(super::judge(names.iter().map(String::as_str)))
-    }
-
-    fn delete_data(&self, id: &VolumeId, stop: &dyn Fn() -> bool) -> Result<u64> {
-        super::removal::local(self, id, stop)
     }
 }
 

@@ -14,7 +14,6 @@ mod objects_local;
 mod objects_s3;
 mod pace;
 mod record;
-mod removal;
 mod s3;
 mod tombstone;
 mod url;
@@ -146,12 +145,6 @@ pub trait Catalog: Send + Sync {
 
     /// What lies under the volume's prefix: for adoption, and to refuse another family before ZeroFS starts.
     fn data_prefix(&self, id: &VolumeId) -> Result<DataPrefix>;
-
-    /// Deletes everything below the volume's prefix; how many objects that were. Asked between objects, `stop` ends it
-    /// with [`Interrupted`](crate::error::Kind::Interrupted).
-    ///
-    /// Only while the record is in the state `deleting`. An error leaves the rest; another call goes on from there.
-    fn delete_data(&self, id: &VolumeId, stop: &dyn Fn() -> bool) -> Result<u64>;
 }
 
 /// Whether ZeroFS makes this name directly under a volume's prefix; folders end with a slash.

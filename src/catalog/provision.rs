@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::VolumeRecord;
+use super::{MarkedBy, State, VolumeRecord};
 use crate::error::{Error, Kind, Result};
 use crate::values::ByteSize;
 
@@ -20,6 +20,9 @@ pub struct Provision {
     /// DeleteVolume deletes the data, too.
     #[serde(default)]
     pub delete_data: bool,
+    /// Only this many seconds after DeleteVolume; none for what the installation's settings say then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delete_grace_seconds: Option<u64>,
     /// The ConfigMap with the settings, when one was named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<String>,
@@ -43,6 +46,12 @@ pub struct Published {
 }
 
 impl VolumeRecord {
+    /// Whether DeleteVolume was answered with success: whoever asked counts on it that the volume is gone, whatever is
+    /// still kept of it.
+    pub fn given_up(&self) -> bool {
+        self.state == State::Released || self.mark().is_some_and(|m| m.by == MarkedBy::DeleteVolume)
+    }
+
     /// The size that the volume has, or is to grow to the next time that a node has it.
     pub fn size(&self) -> ByteSize {
         self.wanted.map_or(self.capacity, |wanted| wanted.max(self.capacity))
@@ -161,6 +170,36 @@ mod tests {
         // Published back to where it still is: nothing is lost.
         let a = r.publish(&to("a")).unwrap().unwrap();
         assert!(!a.may_be_taken_over_by("a"));
+    }
+
+    #[test]
+    fn a_record_of_before_grace_periods_has_none() {
+        let old = r#"{"block":true,"delete_data":true,"config_map":"c","mount_options":["noatime"]}"#;
+        let old: Provision = serde_json::from_str(old).unwrap();
+        assert_eq!(old.delete_grace_seconds, None);
+        assert!(!serde_json::to_string(&old).unwrap().contains("grace"));
+        let new = Provision { delete_grace_seconds: Some(60), ..old };
+        let stored = serde_json::to_string(&new).unwrap();
+        assert_eq!(serde_json::from_str::<Provision>(&stored).unwrap(), new);
+    }
+
+    #[test]
+    fn only_the_word_of_its_owner_gives_a_volume_up() {
+        let mark = |by| crate::catalog::Tombstone {
+            at: Timestamp::UNIX_EPOCH,
+            by,
+            why: "because".into(),
+            epoch: 0,
+            manifest: None,
+            grace_seconds: None,
+        };
+        assert!(!record().given_up());
+        assert!(VolumeRecord { state: State::Released, ..record() }.given_up());
+        let marked = |by| record().marked(mark(by)).unwrap();
+        assert!(marked(MarkedBy::DeleteVolume).given_up());
+        assert!(!marked(MarkedBy::Scan).given_up() && !marked(MarkedBy::Name).given_up());
+        // An attach since then has made it a volume again.
+        assert!(!VolumeRecord { epoch: 1, ..marked(MarkedBy::DeleteVolume) }.given_up());
     }
 
     #[test]

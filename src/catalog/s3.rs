@@ -117,10 +117,6 @@ impl S3Catalog {
         Ok(S3Catalog { url, bucket, prefix, endpoint, has_keys, store, runtime })
     }
 
-    pub(super) fn store(&self) -> &AmazonS3 {
-        &self.store
-    }
-
     /// One exchange whose only good outcome is success.
     pub(super) fn exchange<T>(
         &self,
@@ -416,10 +412,6 @@ impl Catalog for S3Catalog {
             found @ DataPrefix::ZeroFs(_) => Ok(found),
             _ => Ok(DataPrefix::Foreign("more than 20,000 objects".to_owned())),
         }
-    }
-
-    fn delete_data(&self, id: &VolumeId, stop: &dyn Fn() -> bool) -> Result<u64> {
-        super::removal::s3(self, id, stop)
     }
 }
 

@@ -1,4 +1,5 @@
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -6,12 +7,13 @@ use serde_json::json;
 use super::context::Purpose;
 use super::device::DeviceArgs;
 use super::{Context, Global, StorageArgs};
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Objects, StorageUrl};
 use crate::csi::keepers::Keepers;
-use crate::csi::{Backend, Config, Driver, Need, Role, http, request, server, socket};
+use crate::csi::{Backend, ClusterId, Config, Driver, Need, OurCluster, Role, http, request, server, socket};
 use crate::error::{Error, Result};
 use crate::host::{self, Host, Transport};
 use crate::report::Report;
+use crate::settings::Settings;
 use crate::values::VolumeId;
 use crate::watch::Settler;
 
@@ -68,6 +70,10 @@ pub struct ServeArgs {
     /// Another node that volumes may be published to; repeatable [default: any, for a controller by itself]
     #[arg(long, value_name = "NAME")]
     node: Vec<String>,
+    /// The Kubernetes cluster that new volumes belong to, for gc-s3: its UID, none, or auto, which asks the cluster around
+    /// this pod and is none elsewhere
+    #[arg(long, value_name = "UID", default_value = "auto")]
+    cluster_id: String,
     #[command(flatten)]
     storage: StorageArgs,
 }
@@ -87,6 +93,10 @@ pub fn run(args: &CsiArgs, context: &Context, global: &Global) -> Result<Report>
     }
     let node_id = request::node(&args.node_id.clone().unwrap_or_else(super::context::node_name))
         .map_err(|e| e.context("--node-id"))?;
+    let cluster = match args.cluster_id.as_str() {
+        "auto" => ClusterId::auto(|name| std::env::var_os(name)),
+        named => named.parse().map_err(|e: Error| e.context("--cluster-id"))?,
+    };
     let nodes = args.node.iter().map(|n| request::node(n)).collect::<Result<_>>()?;
     context.require_root()?;
     let dirs = context.dirs()?;
@@ -98,6 +108,8 @@ pub fn run(args: &CsiArgs, context: &Context, global: &Global) -> Result<Report>
         storage: args.storage.clone(),
         transport: made.transport,
         catalog: Mutex::new(None),
+        objects: Mutex::default(),
+        cluster: OurCluster::new(cluster),
     };
     let config = Config {
         node_id,
@@ -158,12 +170,26 @@ struct Machine {
     transport: Transport,
     /// Made once: an S3 client is dear.
     catalog: Mutex<Option<Arc<dyn Catalog>>>,
+    /// Shared by the deletions of one moment, and gone when the last of them has ended.
+    objects: Mutex<Option<Weak<dyn Objects>>>,
+    cluster: OurCluster,
 }
 
 impl Machine {
     /// Belongs to the calling thread.
     fn context(&self) -> Context {
         Context::new(self.global.clone())
+    }
+
+    /// The store, and how to reach it.
+    fn store(&self) -> Result<(StorageUrl, Settings)> {
+        let context = self.context();
+        let settings = context.settings(&self.storage)?;
+        let url = match &settings.storage_url {
+            Some(url) => url.clone(),
+            None => context.dirs()?.embedded_store()?,
+        };
+        Ok((url, settings))
     }
 }
 
@@ -188,15 +214,29 @@ impl Backend for Machine {
         if let Some(catalog) = &*held {
             return Ok(catalog.clone());
         }
-        let context = self.context();
-        let settings = context.settings(&self.storage)?;
-        let url = match settings.storage_url {
-            Some(url) => url,
-            None => context.dirs()?.embedded_store()?,
-        };
+        let (url, settings) = self.store()?;
         let catalog: Arc<dyn Catalog> = Arc::from(crate::catalog::open(&url, &settings.s3)?);
         *held = Some(catalog.clone());
         Ok(catalog)
+    }
+
+    fn objects(&self) -> Result<Arc<dyn Objects>> {
+        let mut held = self.objects.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(objects) = held.as_ref().and_then(Weak::upgrade) {
+            return Ok(objects);
+        }
+        let (url, settings) = self.store()?;
+        let objects: Arc<dyn Objects> = Arc::from(crate::catalog::objects(&url, &settings.s3)?);
+        *held = Some(Arc::downgrade(&objects));
+        Ok(objects)
+    }
+
+    fn cluster(&self) -> Result<Option<String>> {
+        self.cluster.uid()
+    }
+
+    fn delete_grace(&self) -> Result<Option<Duration>> {
+        Ok(self.context().settings(&self.storage)?.delete_grace)
     }
 
     fn probe(&self, role: Role) -> Result<()> {

@@ -1,9 +1,10 @@
 //! What the driver needs of its surroundings.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Role;
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Objects};
 use crate::error::Result;
 use crate::host::Host;
 use crate::values::VolumeId;
@@ -33,6 +34,15 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The records of the store.
     fn catalog(&self) -> Result<Arc<dyn Catalog>>;
+
+    /// The objects of the same store, for a deletion.
+    fn objects(&self) -> Result<Arc<dyn Objects>>;
+
+    /// The cluster that new volumes belong to; none where there is none.
+    fn cluster(&self) -> Result<Option<String>>;
+
+    /// How long a volume that is deleted with its data can be restored, where it does not say itself; none: not at all.
+    fn delete_grace(&self) -> Result<Option<Duration>>;
 
     /// An error that says what is missing: settings, program, devices, store.
     fn probe(&self, role: Role) -> Result<()>;

@@ -25,7 +25,7 @@ type Answer<T> = Result<Response<T>, Status>;
 pub(super) const CONTEXT_READ_ONLY: &str = "readOnly";
 
 /// How often a conditional write is tried again.
-const TRIES: usize = 12;
+pub(super) const TRIES: usize = 12;
 
 fn not_found(volume: &VolumeId) -> Refusal {
     Error::new(Kind::NotFound, "there is no such volume")
@@ -63,7 +63,7 @@ fn in_service(catalog: &dyn Catalog, volume: &VolumeId) -> Result<(VolumeRecord,
     Err(keeps_changing(volume))
 }
 
-fn keeps_changing(volume: &VolumeId) -> Refusal {
+pub(super) fn keeps_changing(volume: &VolumeId) -> Refusal {
     Error::new(Kind::Busy, "its catalog record keeps changing under us").on(volume).hint("try again").into()
 }
 
@@ -94,6 +94,10 @@ impl Driver {
             if p.delete_data {
                 context.insert("deleteDataOnPVCDelete".to_owned(), "true".to_owned());
             }
+            if let Some(seconds) = p.delete_grace_seconds {
+                let time = humantime::format_duration(std::time::Duration::from_secs(seconds));
+                context.insert("deleteDataGracePeriod".to_owned(), time.to_string());
+            }
             if let Some(name) = &p.config_map {
                 context.insert("configMapName".to_owned(), name.clone());
             }
@@ -113,6 +117,11 @@ impl Driver {
     fn create(&self, req: &CreateVolumeRequest, id: &VolumeId) -> Result<CreateVolumeResponse, Refusal> {
         let capabilities = request::capabilities(&req.volume_capabilities)?;
         let parameters = request::parameters(&req.parameters)?;
+        if parameters.delete_grace.is_some() && !parameters.delete_data {
+            return Err(Error::usage("deleteDataGracePeriod says when data is deleted, but it is kept")
+                .hint("write deleteDataOnPVCDelete: \"true\" as well, or leave deleteDataGracePeriod out")
+                .into());
+        }
         crate::settings::check_tuning(&req.mutable_parameters)?;
         if req.volume_content_source.is_some() {
             return Err(Error::usage("a volume cannot be made from a snapshot or another volume")
@@ -134,10 +143,12 @@ impl Driver {
             name: (req.name != id.as_str()).then(|| req.name.clone()),
             block,
             delete_data: parameters.delete_data,
+            delete_grace_seconds: parameters.delete_grace,
             config_map: parameters.config_map,
             mount_options: parameters.mount_options,
         });
         wanted.tuning = req.mutable_parameters.clone();
+        wanted.cluster = self.backend.cluster()?;
         let catalog = self.backend.catalog()?;
         for _ in 0..TRIES {
             if let Some((has, _)) = record(&*catalog, id)? {
@@ -179,46 +190,6 @@ impl Driver {
             ))
             .hint("use a store that all nodes reach: storageURL in --config"),
         ))
-    }
-
-    fn delete(&self, volume: &VolumeId) -> Result<DeleteVolumeResponse, Refusal> {
-        let catalog = self.backend.catalog()?;
-        for _ in 0..TRIES {
-            let Some((has, tag)) = record(&*catalog, volume)? else { return Ok(DeleteVolumeResponse {}) };
-            let in_use = |e: Error| match e.kind() {
-                Kind::Busy => Refusal::with(Code::FailedPrecondition, e),
-                _ => e.into(),
-            };
-            let deleting = has.begin_delete().map_err(in_use)?;
-            let keep = !has.provision.as_ref().is_some_and(|p| p.delete_data) && has.state != State::Deleting;
-            if keep {
-                if has.state == State::Released {
-                    return Ok(DeleteVolumeResponse {});
-                }
-                // One that no node ever started has no data to keep.
-                let unstarted = matches!(
-                    catalog.data_prefix(volume)?,
-                    DataPrefix::Empty | DataPrefix::ZeroFs(crate::catalog::Family::Unstarted)
-                ) && has.epoch == 0;
-                if !unstarted {
-                    let released = VolumeRecord { state: State::Released, ..has };
-                    if let Written::Done(_) = catalog.update(&released, &tag)? {
-                        tracing::info!(%volume, "its data is kept, as deleteDataOnPVCDelete is not \"true\"");
-                        return Ok(DeleteVolumeResponse {});
-                    }
-                    continue;
-                }
-            }
-            if has.state != State::Deleting && catalog.update(&deleting, &tag)? == Written::LostRace {
-                continue;
-            }
-            let objects =
-                catalog.delete_data(volume, &|| self.interrupt.load(std::sync::atomic::Ordering::Relaxed))?;
-            catalog.delete(volume)?;
-            tracing::info!(%volume, objects, "deleted with its data");
-            return Ok(DeleteVolumeResponse {});
-        }
-        Err(keeps_changing(volume))
     }
 
     fn publish_to(
@@ -406,7 +377,7 @@ impl Driver {
             let record = match catalog.get(&id) {
                 // Gone since the listing, or no longer a volume of anybody.
                 Ok(None) => continue,
-                Ok(Some((record, _))) if record.state == State::Released => continue,
+                Ok(Some((record, _))) if record.given_up() => continue,
                 Ok(Some((record, _))) => record,
                 Err(e) if e.kind() == Kind::Refused => {
                     tracing::warn!("{e}");
@@ -434,7 +405,7 @@ impl Driver {
     fn get(&self, volume: &VolumeId) -> Result<ControllerGetVolumeResponse, Refusal> {
         let catalog = self.backend.catalog()?;
         let has = match record(&*catalog, volume)? {
-            Some((record, _)) if record.state != State::Released => record,
+            Some((record, _)) if !record.given_up() => record,
             Some(_) => return Err(not_found(volume)),
             None => in_service(&*catalog, volume)?.0,
         };
@@ -548,6 +519,21 @@ fn same(has: &VolumeRecord, wanted: &VolumeRecord, range: Option<&CapacityRange>
         State::Released => {
             return Err(conflict("a volume of that name was deleted with its data kept".to_owned()));
         }
+    }
+    if has.given_up() {
+        return Err(Error::new(Kind::Conflict, "a volume of that name was deleted, and its data goes later")
+            .on(&has.id)
+            .hint(format!(
+                "choose another name; see when: zerofsctl gc-s3 status; keep its data: zerofsctl gc-s3 restore {}",
+                has.id
+            ))
+            .into());
+    }
+    // Clusters that share a bucket share its names.
+    if let (Some(theirs), Some(ours)) = (&has.cluster, &wanted.cluster)
+        && theirs != ours
+    {
+        return Err(conflict(format!("a volume of that name belongs to another cluster, {theirs}")));
     }
     let (required, limit) = request::bounds(range)?;
     let size = has.size();

@@ -19,8 +19,10 @@ use crate::run::Engine;
 use crate::values::VolumeId;
 
 pub mod backend;
+pub mod cluster;
 pub mod condition;
 pub mod controller;
+mod deletion;
 pub mod errors;
 pub mod flight;
 pub mod heal;
@@ -37,6 +39,7 @@ pub mod server;
 pub mod socket;
 
 pub use backend::{Backend, Need};
+pub use cluster::{ClusterId, OurCluster};
 pub use errors::Refusal;
 pub use rpc::Rpc;
 

@@ -176,6 +176,8 @@ pub struct Parameters {
     pub config_map: Option<String>,
     /// `deleteDataOnPVCDelete`
     pub delete_data: bool,
+    /// `deleteDataGracePeriod`, in seconds
+    pub delete_grace: Option<u64>,
     /// `mountOptions`
     pub mount_options: Vec<String>,
 }
@@ -208,6 +210,11 @@ pub fn parameters(given: &BTreeMap<String, String>) -> Result<Parameters> {
                     }
                 }
             }
+            "deleteDataGracePeriod" if value.is_empty() => {}
+            "deleteDataGracePeriod" => {
+                let time = crate::settings::grace_period(value).map_err(|e| e.context(key))?;
+                parameters.delete_grace = Some(time.as_secs());
+            }
             "mountOptions" if value.is_empty() => {}
             "mountOptions" => {
                 parameters.mount_options =
@@ -218,8 +225,8 @@ pub fn parameters(given: &BTreeMap<String, String>) -> Result<Parameters> {
             key => {
                 let shown: String = key.chars().take(60).flat_map(char::escape_debug).collect();
                 return Err(Error::usage(format!("the parameter \"{shown}\" is not known")).hint(
-                    "known are filesystem, configMapName, deleteDataOnPVCDelete and mountOptions; other settings \
-                     are keys of the ConfigMap",
+                    "known are filesystem, configMapName, deleteDataOnPVCDelete, deleteDataGracePeriod and mountOptions; \
+                     other settings are keys of the ConfigMap",
                 ));
             }
         }
@@ -352,6 +359,7 @@ mod tests {
             ("filesystem", "xfs"),
             ("configMapName", "zerofs-config"),
             ("deleteDataOnPVCDelete", "true"),
+            ("deleteDataGracePeriod", "1d 12h"),
             ("mountOptions", "noatime, discard"),
             ("csi.storage.k8s.io/pvc/name", "whatever"),
         ]))
@@ -359,11 +367,15 @@ mod tests {
         assert_eq!(p.filesystem, Some(FsType::Xfs));
         assert_eq!(p.config_map.as_deref(), Some("zerofs-config"));
         assert!(p.delete_data);
+        assert_eq!(p.delete_grace, Some(36 * 3600));
         assert_eq!(p.mount_options, ["noatime", "discard"]);
         for (key, value) in [
             ("fileSystem", "ext4"),
             ("filesystem", "zfs"),
             ("deleteDataOnPVCDelete", "yes"),
+            ("deleteDataGracePeriod", "24"),
+            ("deleteDataGracePeriod", "soon"),
+            ("deleteDataGracePeriod", "-1h"),
             ("configMapName", "../x"),
             ("mountOptions", "bind"),
             ("mountOptions", "noatime,remount"),

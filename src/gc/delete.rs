@@ -2,10 +2,10 @@
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::Watch;
 use super::measure::glance;
 use super::sweep::{Lease, Outcome, finish};
 use super::verdict::{Patience, ago};
-use super::{Unwatched, Watch};
 use crate::catalog::{Catalog, DataPrefix, MarkedBy, Objects, State, Tombstone, VolumeRecord, Written};
 use crate::error::{Error, Kind, Result};
 use crate::values::{ByteSize, VolumeId};
@@ -58,6 +58,7 @@ pub enum Deletion {
 ///   a server wrote while it was being deleted; or another collector's last requests may still be under way.
 /// - [`Kind::Refused`]: its record cannot be used, or under its prefix there is something that is not of ZeroFS.
 /// - [`Kind::Unreachable`]: the store does not answer. Nothing, or only a part, was deleted.
+/// - [`Kind::Interrupted`]: `watch` asked to stop, before the deletion or between two of its batches.
 ///
 /// # Example
 /// ```no_run
@@ -68,7 +69,8 @@ pub enum Deletion {
 /// let (url, s3) = ("s3://volumes/csi".parse()?, S3Settings::default());
 /// let (records, objects) = (catalog::open(&url, &s3)?, catalog::objects(&url, &s3)?);
 /// let volume = "pvc-0b6f".parse()?;
-/// match gc::delete_volume(records.as_ref(), objects.as_ref(), &volume, &DeleteOptions::default())? {
+/// let how = DeleteOptions::default();
+/// match gc::delete_volume(records.as_ref(), objects.as_ref(), &volume, &how, &gc::Unwatched)? {
 ///     Deletion::Gone { objects, .. } => println!("{objects} objects deleted"),
 ///     Deletion::Marked { due } => println!("to be deleted after {due}"),
 ///     Deletion::WasGone => {}
@@ -81,11 +83,12 @@ pub fn delete_volume(
     objects: &dyn Objects,
     volume: &VolumeId,
     options: &DeleteOptions,
+    watch: &dyn Watch,
 ) -> Result<Deletion> {
-    delete_watched(catalog, objects, volume, options, &Unwatched).map_err(|e| e.on(volume))
+    delete(catalog, objects, volume, options, watch).map_err(|e| e.on(volume))
 }
 
-fn delete_watched(
+fn delete(
     catalog: &dyn Catalog,
     objects: &dyn Objects,
     volume: &VolumeId,

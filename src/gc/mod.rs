@@ -129,16 +129,24 @@ impl Collector<'_> {
     }
 }
 
-/// An error while learning what is live. It ends the run with nothing deleted, and counts as "unreachable", except where
-/// trying again cannot help.
+/// An error while learning what is live, before the first deletion: it ends the run with nothing deleted, and says so.
 fn while_learning(e: Error) -> Error {
+    match undecided(e) {
+        e if e.kind() == Kind::Unreachable => e.adding(NOTHING),
+        e => e,
+    }
+}
+
+/// What an error says when it is so.
+const NOTHING: &str = "nothing was deleted";
+
+/// An error while learning what is live counts as "unreachable", except where trying again cannot help.
+fn undecided(e: Error) -> Error {
     if matches!(e.kind(), Kind::Usage | Kind::NotFound | Kind::Interrupted | Kind::Unreachable) {
         return e;
     }
-    let mut unreachable = Error::new(
-        Kind::Unreachable,
-        format!("cannot learn what is live, so nothing was deleted: {}", e.message()),
-    );
+    let mut unreachable =
+        Error::new(Kind::Unreachable, format!("cannot learn what is live: {}", e.message()));
     if let Some(volume) = e.volume() {
         unreachable = unreachable.on(volume);
     }
@@ -191,6 +199,7 @@ mod tests {
             let e = while_learning(Error::new(kind, "x").hint("near"));
             let kept = matches!(kind, Kind::Usage | Kind::NotFound | Kind::Interrupted);
             assert_eq!(e.kind(), if kept { kind } else { Kind::Unreachable });
+            assert_eq!(e.message().ends_with("; nothing was deleted"), !kept, "{e}");
             assert_eq!(e.hint_text(), Some("near"));
         }
     }

@@ -10,7 +10,7 @@ use super::measure::glance;
 use super::plan::{Line, Plan};
 use super::scan::Scan;
 use super::verdict::Verdict;
-use super::{Collector, Watch, while_learning};
+use super::{Collector, NOTHING, Watch, undecided, while_learning};
 use crate::catalog::{self, Below, Catalog, Objects, State, VolumeRecord, Written};
 use crate::error::{Error, Kind, Result};
 use crate::values::VolumeId;
@@ -90,13 +90,12 @@ impl Collector<'_> {
             Ok(()) => Ok(Swept { volumes, unmarked, interrupted: stopped }),
             Err(e) if e.kind() == Kind::Interrupted => Ok(Swept { volumes, unmarked, interrupted: true }),
             // What is done already must not go unmentioned.
-            Err(e) => {
-                let gone = volumes.iter().filter(|(_, o)| matches!(o, Outcome::Gone { .. })).count();
-                if gone > 0 {
-                    self.watch.note(&format!("{gone} volumes were deleted before this error"));
+            Err(e) => Err(match volumes.iter().filter(|(_, o)| !matches!(o, Outcome::Kept(_))).count() {
+                0 => e.adding(NOTHING),
+                begun => {
+                    e.adding(format_args!("{begun} volumes were deleted before, or their deletion has begun"))
                 }
-                Err(e)
-            }
+            }),
         }
     }
 
@@ -109,7 +108,7 @@ impl Collector<'_> {
                 Err(e) => return Ok(Outcome::Failed(e)),
             }
         } else {
-            match self.begin(scan, line).map_err(|e| while_learning(e.on(volume)))? {
+            match self.begin(scan, line).map_err(|e| undecided(e.on(volume)))? {
                 Ok(lease) => lease,
                 Err(why) => return Ok(Outcome::Kept(why)),
             }
@@ -270,7 +269,18 @@ fn finish_inner(lease: &Lease<'_>, threads: usize, watch: &dyn Watch) -> Result<
         }
         if round.seen == 0 {
             // Parts of an upload that was cut short are in no listing; one that is completed meanwhile is in the next.
-            let open = lease.objects.uploads(&lease.volume)?;
+            let open = match lease.objects.uploads(&lease.volume) {
+                // Policies that were written for an older driver do not allow it. It is no reason to keep the record for ever.
+                Err(e) if e.kind() == Kind::Environment => {
+                    watch.note(&format!(
+                        "volume {}: its unfinished uploads, if any, are left: {}; allow s3:ListBucketMultipartUploads",
+                        lease.volume,
+                        e.message()
+                    ));
+                    Vec::new()
+                }
+                open => open?,
+            };
             for upload in &open {
                 lease.hold()?;
                 lease.objects.abort(&lease.volume, upload)?;

@@ -121,6 +121,9 @@ pub fn judge(e: &Evidence<'_>) -> Judgement {
     if let Some(owner) = &record.owner {
         return say(Verdict::Live, format!("attached by {owner}"));
     }
+    if let Some(published) = &record.published {
+        return say(Verdict::Live, format!("published to node {}", published.node));
+    }
     let mark = record.mark();
     // A server that is in no catalog: an older driver's, or one that lost its volume.
     if let Some(newest) = e.facts.newest
@@ -184,7 +187,7 @@ pub fn ago(duration: SignedDuration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::{Family, Owner, Tombstone, VolumeRecord};
+    use crate::catalog::{Family, Owner, Published, Tombstone, VolumeRecord};
     use crate::values::ByteSize;
 
     const NOW: i64 = 1_790_000_000;
@@ -247,6 +250,10 @@ mod tests {
         }
     }
 
+    fn published() -> Published {
+        Published { node: "node-b".into(), read_only: false, mode: "SINGLE_NODE_WRITER".into(), since: at(0) }
+    }
+
     fn tombstone(by: MarkedBy) -> Option<Tombstone> {
         Some(Tombstone {
             at: at(10),
@@ -268,7 +275,7 @@ mod tests {
     fn an_orphan_is_one_only_if_everything_says_so() {
         assert_verdict(&case(|_| {}), Verdict::Orphan, "nothing in cluster c-1");
         type Change = fn(&mut Case);
-        let doubts: [(Change, Verdict, &str); 14] = [
+        let doubts: [(Change, Verdict, &str); 15] = [
             (
                 |c| c.references.push(reference(ReferenceKind::PersistentVolume)),
                 Verdict::Live,
@@ -291,6 +298,7 @@ mod tests {
                 "PersistentVolume",
             ),
             (|c| c.record.owner = Some(owner()), Verdict::Live, "attached by node node-a"),
+            (|c| c.record.published = Some(published()), Verdict::Live, "published to node node-b"),
             (|c| c.facts.newest = Some(at(20)), Verdict::Live, "wrote to it 20 s ago"),
             (|c| c.facts.newest = Some(at(-90_000)), Verdict::Live, "ahead"),
             (|c| c.written = at(600), Verdict::Live, "10 min ago"),
@@ -336,7 +344,8 @@ mod tests {
             });
             assert_verdict(&judged, Verdict::Orphan, "named");
         }
-        let facts: [Change; 5] = [
+        let facts: [Change; 6] = [
+            |c| c.record.published = Some(published()),
             |c| c.references.push(reference(ReferenceKind::PersistentVolume)),
             |c| c.record.owner = Some(owner()),
             |c| c.facts.newest = Some(at(20)),

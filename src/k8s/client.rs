@@ -14,6 +14,8 @@ use crate::error::{Error, Kind, Result};
 
 /// One request, its answer included. A server under load takes seconds for a page of 500 objects, not a minute.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
+/// The name of the cluster that a pod is in.
+const POD: &str = "the cluster around this pod";
 /// Objects in one page of a list.
 const PAGE: u32 = 500;
 
@@ -24,6 +26,7 @@ pub struct Cluster {
     runtime: tokio::runtime::Runtime,
     limit: Duration,
     pub(super) page: u32,
+    manifest: &'static str,
 }
 
 impl fmt::Debug for Cluster {
@@ -43,7 +46,7 @@ impl Cluster {
         let (name, config) = match (context, Kubeconfig::from_env()) {
             // A pod has a service account, and no kubeconfig unless somebody put one there.
             (None, Ok(None)) if !home_has_one() => match Config::incluster() {
-                Ok(config) => ("the cluster around this pod".to_owned(), config),
+                Ok(config) => (POD.to_owned(), config),
                 Err(_) => return Err(nobody()),
             },
             (_, kubeconfig) => {
@@ -76,6 +79,20 @@ impl Cluster {
         Cluster::new(name, config, runtime)
     }
 
+    /// The cluster around this pod, by its service account.
+    ///
+    /// # Errors
+    /// [`Kind::Unreachable`] when the pod has no service account that can be used.
+    pub fn around_this_pod() -> Result<Cluster> {
+        let unusable = || {
+            Error::new(Kind::Unreachable, "the token of this pod's service account cannot be used").hint(
+                "give the pod a service account: serviceAccountName, without automountServiceAccountToken: false",
+            )
+        };
+        let config = Config::incluster().map_err(|_| unusable())?;
+        Cluster::new(POD.to_owned(), config, runtime()?).map_err(|_| unusable())
+    }
+
     /// The cluster of a client's configuration, under a name for messages.
     pub fn from_config(name: &str, config: Config) -> Result<Cluster> {
         Cluster::new(name.to_owned(), config, runtime()?)
@@ -93,7 +110,7 @@ impl Cluster {
                     .hint("check it: kubectl get --raw /readyz")
             })?
         };
-        Ok(Cluster { name, client, runtime, limit: REQUEST_LIMIT, page: PAGE })
+        Ok(Cluster { name, client, runtime, limit: REQUEST_LIMIT, page: PAGE, manifest: "gc-rbac.yaml" })
     }
 
     /// With pages of so many objects.
@@ -108,6 +125,17 @@ impl Cluster {
         self
     }
 
+    /// With rights that come from this manifest of `deploy/kubernetes`.
+    pub fn allowed_by(mut self, manifest: &'static str) -> Cluster {
+        self.manifest = manifest;
+        self
+    }
+
+    /// What is asked for, for messages.
+    pub(super) fn asked(&self, verb: &'static str, what: &'static str) -> Asked {
+        Asked { verb, what, manifest: self.manifest }
+    }
+
     /// For messages: `Kubernetes context prod`.
     pub fn name(&self) -> &str {
         &self.name
@@ -118,7 +146,7 @@ impl Cluster {
     /// # Errors
     /// [`Kind::Unreachable`], whatever is in the way.
     pub fn identity(&self) -> Result<String> {
-        let asked = Asked { verb: "get", what: "namespaces" };
+        let asked = self.asked("get", "namespaces");
         let api: Api<Namespace> = Api::all(self.client.clone());
         let namespace =
             self.run(&asked, async { api.get("kube-system").await.map_err(|e| judge(&asked, &e)) })?;

@@ -24,7 +24,7 @@ pub(super) fn all<K: Clone, T>(
     keep: impl Fn(K) -> Option<T>,
     fetch: impl AsyncFn(ListParams) -> kube::Result<ObjectList<K>>,
 ) -> Result<Vec<T>> {
-    let asked = Asked { verb: "list", what };
+    let asked = cluster.asked("list", what);
     for _ in 0..ATTEMPTS {
         if let Some(kept) = attempt(cluster, &asked, kind, &keep, &fetch)? {
             return Ok(kept);
@@ -96,7 +96,7 @@ fn checked<K: Clone>(asked: &Asked, kind: &str, list: ObjectList<K>) -> Result<P
 }
 
 fn senseless(asked: &Asked, what: &str) -> Error {
-    let Asked { verb, what: objects } = asked;
+    let Asked { verb, what: objects, .. } = asked;
     Error::new(Kind::Unreachable, format!("cannot {verb} {objects}: the server answers with {what}"))
         .hint("see what stands between this machine and the API server: kubectl config view")
 }

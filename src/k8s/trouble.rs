@@ -8,6 +8,8 @@ use crate::error::{Error, Kind};
 pub(super) struct Asked {
     pub(super) verb: &'static str,
     pub(super) what: &'static str,
+    /// The file below `deploy/kubernetes` that allows it.
+    pub(super) manifest: &'static str,
 }
 
 /// What went wrong, as far as it matters.
@@ -53,7 +55,7 @@ pub(super) fn trouble(e: &kube::Error) -> Trouble {
 
 /// The error to hand up. All of them are of the kind "unreachable": what was to be learnt is not known.
 pub(super) fn judge(asked: &Asked, e: &kube::Error) -> Error {
-    let Asked { verb, what } = asked;
+    let Asked { verb, what, manifest } = asked;
     let (why, hint) = match trouble(e) {
         Trouble::Unauthorized => (
             "the server does not know who we are, or no longer does".to_owned(),
@@ -63,7 +65,7 @@ pub(super) fn judge(asked: &Asked, e: &kube::Error) -> Error {
         Trouble::Forbidden => (
             "that is forbidden".to_owned(),
             format!(
-                "allow it: kubectl apply -f deploy/kubernetes/gc-rbac.yaml; check: kubectl auth can-i {verb} {what} --all-namespaces"
+                "allow it: kubectl apply -f deploy/kubernetes/{manifest}; check: kubectl auth can-i {verb} {what} --all-namespaces"
             ),
         ),
         Trouble::Gone => {
@@ -145,7 +147,7 @@ mod tests {
         ] {
             let e = api(code, reason);
             assert_eq!(trouble(&e), expected, "{code}");
-            let e = judge(&Asked { verb: "list", what: "pods" }, &e);
+            let e = judge(&Asked { verb: "list", what: "pods", manifest: "gc-rbac.yaml" }, &e);
             assert_eq!(e.kind(), Kind::Unreachable, "{code}");
             assert!(e.hint_text().is_some() && e.message().starts_with("cannot list pods: "), "{e}");
             assert!(!format!("{e:?}").contains("hunter22"), "{e:?}");

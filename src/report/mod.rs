@@ -13,6 +13,7 @@ use crate::run::{Preview, RunReport, Would};
 
 pub mod nbd;
 pub mod gc;
+pub mod gc_metrics;
 pub mod operation;
 pub mod volume;
 

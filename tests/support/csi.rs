@@ -34,8 +34,8 @@ pub struct Driver {
     log: PathBuf,
 }
 
-/// The words with which a driver is started.
-pub fn command(node: &Node, more: &[&str]) -> (Command, PathBuf) {
+/// The words with which a driver is started, and its socket.
+pub fn words(node: &Node, more: &[&str]) -> (Vec<String>, PathBuf) {
     let socket = node.dir.join("csi.sock");
     let endpoint = format!("unix://{}", socket.display());
     let mut words = vec!["csi", "serve", "--endpoint", &endpoint, "--metrics-bind-address", "127.0.0.1:0"];
@@ -43,6 +43,12 @@ pub fn command(node: &Node, more: &[&str]) -> (Command, PathBuf) {
         words.extend(["--node-id", "n1"]);
     }
     words.extend(more);
+    (words.into_iter().map(str::to_owned).collect(), socket)
+}
+
+/// The command that starts a driver, and its socket.
+pub fn command(node: &Node, more: &[&str]) -> (Command, PathBuf) {
+    let (words, socket) = words(node, more);
     let mut command = node.command(&words);
     for name in ["CSI_ENDPOINT", "METRICS_BIND_ADDRESS"] {
         command.env_remove(name);
@@ -54,7 +60,13 @@ impl Driver {
     /// Starts one and waits until it serves.
     #[track_caller]
     pub fn start(node: &Node, more: &[&str]) -> Driver {
-        let (mut command, socket) = command(node, more);
+        let (command, socket) = command(node, more);
+        Driver::spawn(command, socket, node)
+    }
+
+    /// The same, by a command of the test's own.
+    #[track_caller]
+    pub fn spawn(mut command: Command, socket: PathBuf, node: &Node) -> Driver {
         let log = node.dir.join("csi.log");
         let file = File::options().create(true).append(true).open(&log).expect("the log opens");
         let child =

@@ -276,11 +276,16 @@ impl Kube {
     /// wrong with it.
     #[track_caller]
     pub fn expired_token(&self, namespace: &str, name: &str) -> String {
+        self.token_until(namespace, name, jiff::Timestamp::now().as_second() - 600)
+    }
+
+    /// A token of a service account that is good until this second of the epoch. A server takes it for another minute.
+    #[track_caller]
+    pub fn token_until(&self, namespace: &str, name: &str, end: i64) -> String {
         let api: Api<ServiceAccount> = Api::namespaced(self.client.clone(), namespace);
         let account = self.runtime.block_on(api.get(name)).expect("the account is there");
-        let now = jiff::Timestamp::now().as_second();
         let claims = json!({
-            "iss": AUDIENCE, "aud": [AUDIENCE], "iat": now - 4200, "nbf": now - 4200, "exp": now - 600,
+            "iss": AUDIENCE, "aud": [AUDIENCE], "iat": end - 3600, "nbf": end - 3600, "exp": end,
             "sub": format!("system:serviceaccount:{namespace}:{name}"),
             "kubernetes.io": {
                 "namespace": namespace,

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tonic::Status;
-use zerofsctl::catalog::{Catalog, LocalCatalog, Owner, StorageUrl};
+use zerofsctl::catalog::{Catalog, LocalCatalog, LocalObjects, Objects, Owner, StorageUrl};
 use zerofsctl::csi::controller::ControllerService;
 use zerofsctl::csi::node::NodeService;
 use zerofsctl::csi::proto::controller_server::Controller as _;
@@ -35,6 +36,10 @@ struct Inner {
     away: AtomicBool,
     /// The next operation is refused at this change; 0 for none.
     fail_at: AtomicU64,
+    /// The cluster around it; an error while its API server does not answer.
+    cluster: Mutex<std::result::Result<Option<String>, ()>>,
+    /// What the settings say of deletions.
+    delete_grace: Mutex<Option<Duration>>,
 }
 
 /// A lock that a panic of the model's own checks must not hide behind another.
@@ -56,6 +61,8 @@ impl Model {
             hosts: Mutex::default(),
             away: AtomicBool::new(false),
             fail_at: AtomicU64::new(0),
+            cluster: Mutex::new(Ok(None)),
+            delete_grace: Mutex::default(),
         }))
     }
 
@@ -96,6 +103,21 @@ impl Model {
     /// Lets the `n`th change of the next operation fail; 0 for none.
     pub fn fail_at(&self, n: u64) {
         self.0.fail_at.store(n, Ordering::Relaxed);
+    }
+
+    /// Puts a cluster around it, whose API server answers or not.
+    pub fn in_cluster(&self, cluster: std::result::Result<Option<&str>, ()>) {
+        *locked(&self.0.cluster) = cluster.map(|uid| uid.map(str::to_owned));
+    }
+
+    /// Sets the grace period of the settings.
+    pub fn delete_grace(&self, grace: Option<Duration>) {
+        *locked(&self.0.delete_grace) = grace;
+    }
+
+    /// The store's folder.
+    pub fn store(&self) -> PathBuf {
+        self.0.dir.path().join("store")
     }
 
     /// The catalog itself.
@@ -192,6 +214,21 @@ impl Backend for Model {
     fn catalog(&self) -> Result<Arc<dyn Catalog>> {
         self.reachable()?;
         Ok(self.0.catalog.clone())
+    }
+
+    fn objects(&self) -> Result<Arc<dyn Objects>> {
+        self.reachable()?;
+        Ok(Arc::new(LocalObjects::new(self.0.catalog.url())?))
+    }
+
+    fn cluster(&self) -> Result<Option<String>> {
+        locked(&self.0.cluster).clone().map_err(|()| {
+            Error::new(Kind::Unreachable, "the API server does not answer").hint("look at the API server")
+        })
+    }
+
+    fn delete_grace(&self) -> Result<Option<Duration>> {
+        Ok(*locked(&self.0.delete_grace))
     }
 
     fn probe(&self, _: Role) -> Result<()> {

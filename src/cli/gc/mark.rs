@@ -1,9 +1,11 @@
 use clap::Args;
 
 use super::bar::Bar;
+use super::metrics::MetricsArgs;
 use super::{EvidenceArgs, Store, collect};
 use crate::cli::{Context, StorageArgs};
 use crate::error::Result;
+use crate::report::gc_metrics::Told;
 use crate::report::{Report, gc};
 
 /// Mark orphans, or the volumes that you name, for deletion; a sweep deletes them later
@@ -23,10 +25,12 @@ pub struct MarkArgs {
     #[arg(long, value_name = "N|P%", default_value = "10%")]
     max_delete: String,
     /// Only tell what would be marked
-    #[arg(long)]
+    #[arg(long, conflicts_with = "metrics_file")]
     dry_run: bool,
     #[command(flatten)]
     storage: StorageArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
     #[command(flatten)]
     evidence: EvidenceArgs,
 }
@@ -36,15 +40,20 @@ pub fn run(args: &MarkArgs, context: &Context) -> Result<Report> {
     options.limit = args.max_delete.parse()?;
     options.named = args.volume.iter().map(|v| v.parse()).collect::<Result<_>>()?;
     let store = Store::open(&args.storage, context)?;
-    let witnesses = args.evidence.witnesses(&store, context)?;
-    context.catch_signals();
-    let bar = Bar::new(None, context.json_log());
-    collect(&store, &witnesses, options, &bar, |collector| {
-        let scan = collector.scan()?;
-        let plan = collector.plan_mark(&scan)?;
-        if args.dry_run {
-            return Ok(gc::plan("mark", &plan, "a dry run, nothing was changed"));
-        }
-        Ok(gc::marked(&plan, &collector.mark(&scan, &plan)?))
+    args.metrics.note(Told::Mark, &store, context, |metrics| {
+        let witnesses = args.evidence.witnesses(&store, context)?;
+        context.catch_signals();
+        let bar = Bar::new(None, context.json_log());
+        collect(&store, &witnesses, options, &bar, |collector| {
+            let scan = collector.scan()?;
+            metrics.scanned(&scan);
+            let plan = collector.plan_mark(&scan)?;
+            if args.dry_run {
+                return Ok(gc::plan("mark", &plan, "a dry run, nothing was changed"));
+            }
+            let done = collector.mark(&scan, &plan)?;
+            metrics.marked(done.marked.len());
+            Ok(gc::marked(&plan, &done))
+        })
     })
 }

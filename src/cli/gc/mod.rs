@@ -12,6 +12,7 @@ use crate::report::Report;
 
 mod bar;
 mod mark;
+mod metrics;
 mod restore;
 mod scan;
 mod status;

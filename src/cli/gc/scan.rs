@@ -1,9 +1,11 @@
 use clap::Args;
 
 use super::bar::Bar;
+use super::metrics::MetricsArgs;
 use super::{EvidenceArgs, Store, collect};
 use crate::cli::{Context, StorageArgs};
 use crate::error::Result;
+use crate::report::gc_metrics::Told;
 use crate::report::{Report, gc};
 
 /// Give every volume in the bucket a verdict; change nothing
@@ -19,16 +21,21 @@ pub struct ScanArgs {
     #[command(flatten)]
     storage: StorageArgs,
     #[command(flatten)]
+    metrics: MetricsArgs,
+    #[command(flatten)]
     evidence: EvidenceArgs,
 }
 
 pub fn run(args: &ScanArgs, context: &Context) -> Result<Report> {
     let options = args.evidence.options()?;
     let store = Store::open(&args.storage, context)?;
-    let witnesses = args.evidence.witnesses(&store, context)?;
-    context.catch_signals();
-    let bar = Bar::new(None, context.json_log());
-    let scan = collect(&store, &witnesses, options, &bar, |c| c.scan())?;
-    drop(bar);
-    Ok(gc::scan(&scan))
+    args.metrics.note(Told::Scan, &store, context, |metrics| {
+        let witnesses = args.evidence.witnesses(&store, context)?;
+        context.catch_signals();
+        let bar = Bar::new(None, context.json_log());
+        let scan = collect(&store, &witnesses, options, &bar, |c| c.scan())?;
+        drop(bar);
+        metrics.scanned(&scan);
+        Ok(gc::scan(&scan))
+    })
 }

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::bar::Bar;
+use super::metrics::MetricsArgs;
 use super::{EvidenceArgs, Store, collect, place, time};
 use crate::cli::{Context, StorageArgs};
 use crate::error::{Error, Kind, Result};
-use crate::gc::Plan;
+use crate::gc::{Options, Plan};
+use crate::report::gc_metrics::{RunMetrics, Told};
 use crate::report::{Format, Report, gc};
 use crate::values::ByteSize;
 
@@ -34,10 +36,12 @@ pub struct SweepArgs {
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
     /// Only tell what would be deleted
-    #[arg(long, conflicts_with_all = ["yes", "plan"])]
+    #[arg(long, conflicts_with_all = ["yes", "plan", "metrics_file"])]
     dry_run: bool,
     #[command(flatten)]
     storage: StorageArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
     #[command(flatten)]
     evidence: EvidenceArgs,
 }
@@ -57,11 +61,31 @@ pub fn run(args: &SweepArgs, context: &Context) -> Result<Report> {
             "look first: zerofsctl gc-s3 sweep --dry-run; then: zerofsctl gc-s3 sweep --yes, or with --plan FILE",
         ));
     }
-    let witnesses = args.evidence.witnesses(&store, context)?;
+    if args.metrics.wanted() && args.plan.is_some() && !args.yes {
+        return Err(Error::usage(
+            "--metrics-file tells what was deleted, and --plan without --yes deletes nothing",
+        )
+        .hint("leave --metrics-file out, or run the plan: --plan FILE --yes"));
+    }
+    args.metrics.note(Told::Sweep, &store, context, |metrics| {
+        sweep(args, context, &store, options, saved.as_ref(), metrics)
+    })
+}
+
+fn sweep(
+    args: &SweepArgs,
+    context: &Context,
+    store: &Store,
+    options: Options,
+    saved: Option<&Plan>,
+    metrics: &mut RunMetrics,
+) -> Result<Report> {
+    let witnesses = args.evidence.witnesses(store, context)?;
     context.catch_signals();
     let bar = Bar::new(None, context.json_log());
-    let (scan, plan) = collect(&store, &witnesses, options.clone(), &bar, |collector| {
+    let (scan, plan) = collect(store, &witnesses, options.clone(), &bar, |collector| {
         let scan = collector.scan()?;
+        metrics.scanned(&scan);
         let plan = collector.plan_sweep(&scan)?;
         Ok((scan, plan))
     })?;
@@ -73,15 +97,16 @@ pub fn run(args: &SweepArgs, context: &Context) -> Result<Report> {
         plan.save(&context.cwd.join(path))?;
         return Ok(gc::plan("sweep", &plan, &format!("written to {}, nothing was deleted", path.display())));
     }
-    if let Some(saved) = &saved {
+    if let Some(saved) = saved {
         saved.require_same(&plan)?;
     }
     if !args.yes && !plan.lines.is_empty() {
         confirm(&plan)?;
     }
     let bar = Bar::new(Some(plan.objects()), context.json_log());
-    let swept = collect(&store, &witnesses, options, &bar, |collector| collector.sweep(&scan, &plan))?;
+    let swept = collect(store, &witnesses, options, &bar, |collector| collector.sweep(&scan, &plan))?;
     drop(bar);
+    metrics.swept(&swept);
     Ok(gc::swept(&plan, &swept, scan.keeps_versions))
 }
 
