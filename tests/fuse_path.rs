@@ -17,7 +17,7 @@ use rand::{Rng, SeedableRng};
 use support::forgetful::{Asks, Disk, Server};
 use tempfile::TempDir;
 use zerofsctl::error::{Error, Kind, Result};
-use zerofsctl::keeper::path::{DataEvent, DataPath, DataPathConfig, LogState, Op, Prober};
+use zerofsctl::keeper::path::{Completion, DataEvent, DataPath, DataPathConfig, LogState, Op, Prober};
 use zerofsctl::zerofs::nbd::Command;
 
 struct Bench {
@@ -84,7 +84,7 @@ fn open(
 
 fn later(path: &DataPath, op: Op<'_>) -> mpsc::Receiver<Result<Vec<u8>, i32>> {
     let (tell, told) = mpsc::channel();
-    path.submit(op, Box::new(move |r| drop(tell.send(r.map(<[u8]>::to_vec)))));
+    path.submit(op, Completion::new(move |r| drop(tell.send(r.map(<[u8]>::to_vec)))));
     told
 }
 

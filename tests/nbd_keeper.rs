@@ -93,6 +93,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
+        Bench::with(true)
+    }
+
+    /// Data of a server whose zeros are always true need not be looked at.
+    fn with(zeros_when_closed: bool) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk { volatile: vec![0; SIZE], durable: vec![0; SIZE], size: SIZE, ..Disk::default() };
         let disk = Arc::new(Mutex::new(disk));
@@ -104,7 +109,7 @@ impl Bench {
             io_timeout: None,
             volume: "vol".parse().unwrap(),
             epoch: 1,
-            zeros_when_closed: true,
+            zeros_when_closed,
             replay_log: true,
         };
         let (tell, events) = mpsc::channel();
@@ -141,7 +146,7 @@ type Step = (u8, usize, usize, u8);
 /// Runs batches of operations that do not overlap, over all sockets at once, with the server killed in the middle of
 /// some; in the end the device holds what a model holds.
 fn run_model(batches: &[(bool, Vec<Step>)], seed: u64) {
-    let bench = Bench::new();
+    let bench = Bench::with(seed.is_multiple_of(2));
     let mut server = Some(bench.server());
     let mut kernels = bench.sockets(4, false);
     let mut truth = vec![0u8; SIZE];
@@ -332,7 +337,11 @@ fn a_read_only_device_refuses_every_change_and_stays_in_step() {
 
 #[test]
 fn a_peer_that_reads_no_replies_costs_bounded_memory_and_holds_nobody_up() {
-    let bench = Bench::new();
+    deaf(Bench::new());
+    deaf(Bench::with(false));
+}
+
+fn deaf(bench: Bench) {
     let server = bench.server();
     let mut kernels = bench.sockets(2, false);
     // 4 GiB of reads, and nobody takes the data. Sent until the front end has had enough of it.
@@ -350,6 +359,58 @@ fn a_peer_that_reads_no_replies_costs_bounded_memory_and_holds_nobody_up() {
     let asked = bench.path.stats().reads;
     assert!(asked < 200, "{asked} reads of 1 MiB were done for a peer that takes none");
     server.kill();
+}
+
+/// Data that nobody looks at goes through a pipe: reads of all lengths, several in flight, taken in fits and starts, and
+/// the server killed in the middle of replies.
+#[test]
+fn large_reads_are_whole_also_when_the_server_dies_in_the_middle_of_one() {
+    let bench = Bench::with(false);
+    let mut rng = StdRng::seed_from_u64(11);
+    let mut truth = vec![0; SIZE];
+    rng.fill(&mut truth[..]);
+    {
+        let mut disk = bench.disk.lock().unwrap();
+        disk.volatile.copy_from_slice(&truth);
+        disk.durable.copy_from_slice(&truth);
+    }
+    let mut server = Some(bench.server());
+    let mut kernels = bench.sockets(2, false);
+    for round in 0..30 {
+        let mut asked = [HashMap::new(), HashMap::new()];
+        for (kernel, asked) in kernels.iter_mut().zip(&mut asked) {
+            for _ in 0..24 {
+                let most = if rng.random_bool(0.3) { 8 << 10 } else { MIB };
+                let len = rng.random_range(1..=most);
+                let offset = rng.random_range(0..=SIZE - len);
+                asked.insert(kernel.send(Command::Read, 0, offset, len, &[]), offset);
+            }
+        }
+        let (seed, truth, kill) = (rng.random(), &truth, round % 3 == 2);
+        std::thread::scope(|scope| {
+            for (kernel, asked) in kernels.iter_mut().zip(&asked) {
+                scope.spawn(move || {
+                    let mut rng = StdRng::seed_from_u64(seed);
+                    while !kernel.flying.is_empty() {
+                        let (cookie, data) = kernel.reply();
+                        let (offset, data) = (asked[&cookie], data.expect("a stall is no error"));
+                        assert!(data == truth[offset..offset + data.len()], "a read at {offset}");
+                        if rng.random_bool(0.2) {
+                            std::thread::sleep(Duration::from_millis(2));
+                        }
+                    }
+                });
+            }
+            if kill {
+                std::thread::sleep(Duration::from_micros(rng.random_range(0..10_000)));
+                server.take().expect("there is one").kill();
+                bench.told(|e| matches!(e, DataEvent::ServerLost(_)));
+                server = Some(bench.server());
+            }
+        });
+    }
+    assert_eq!(bench.path.stats().errors, 0);
+    server.expect("there is one").kill();
 }
 
 #[test]

@@ -8,17 +8,25 @@ mod support;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use support::dir::TestDir;
 use support::fio::FioJob;
+use support::forgetful::{Asks, Disk, Server};
 use support::vm::{Baseline, Block, Device, LONG, Mounted, Nbdkit, free_index, require_nbd, run, try_run};
 use support::wait_until;
 use zerofsctl::error::Kind;
 use zerofsctl::host::nbd::{self, Support, netlink, sysfs};
+use zerofsctl::keeper::control::NbdPath;
+use zerofsctl::keeper::device::{GUARDED_SOCKETS, queue, server_flags, sockets_of};
+use zerofsctl::keeper::path::{DataEvent, DataPath, DataPathConfig};
 
 const MIB: u64 = 1 << 20;
 
@@ -398,5 +406,81 @@ fn nbd_kernel_survives_kills_of_the_server_under_a_verifying_load() {
         }
         load.finish(LONG * 2).assert_clean();
         device.disconnect();
+    });
+}
+
+/// Large reads of a server whose zeros are true go to the kernel in the pages in which they came: what it gets is what
+/// the server has, also when that is killed in the middle of replies.
+#[test]
+fn nbd_kernel_takes_replies_in_pages_that_came_from_another_socket() {
+    with_nbd(|dir| {
+        let size = 32 * MIB as usize;
+        let mut truth = vec![0; size];
+        let mut rng = StdRng::seed_from_u64(3);
+        rng.fill(&mut truth[..]);
+        let disk = Disk { volatile: truth.clone(), durable: truth.clone(), size, ..Disk::default() };
+        let disk = Arc::new(Mutex::new(disk));
+        let mut server = Server::start(dir.path(), &disk);
+        let config = DataPathConfig {
+            run_dir: dir.path().to_owned(),
+            export: "vol".into(),
+            connections: 4,
+            log_bytes: 8 * MIB,
+            io_timeout: None,
+            volume: "vol".parse().unwrap(),
+            epoch: 1,
+            zeros_when_closed: false,
+            replay_log: true,
+        };
+        let (tell, events) = mpsc::channel();
+        let data = DataPath::new(config, Arc::new(Asks(Arc::clone(&disk))), tell).unwrap();
+        data.server_up().unwrap();
+        let sockets = sockets_of(&data, GUARDED_SOCKETS, false).unwrap();
+        let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+        let index = netlink::connect(&netlink::Connect {
+            index: None,
+            size: data.size(),
+            block_size: 512,
+            server_flags: server_flags(data.flags().unwrap(), NbdPath::Guarded, false),
+            client_flags: 0,
+            dead_conn_timeout: LONG,
+            backend: "zerofs:vol",
+            sockets: &sockets,
+        })
+        .unwrap();
+        sysfs::set_queue(index, &queue(NbdPath::Guarded)).unwrap();
+        let device = sysfs::path(index);
+        for round in 0..4 {
+            // Through the page cache, with read-ahead.
+            let same = thread::scope(|scope| {
+                // Its last user's end empties the device's page cache.
+                let reader = scope.spawn(|| fs::read(&device).unwrap() == truth);
+                if round % 2 == 1 {
+                    thread::sleep(Duration::from_millis(rng.random_range(1..40)));
+                    let dead = std::mem::replace(&mut server, Server::start(dir.path(), &disk));
+                    dead.kill();
+                    while !matches!(events.recv_timeout(LONG).unwrap(), DataEvent::ServerLost(_)) {}
+                    data.server_up().unwrap();
+                }
+                reader.join().unwrap()
+            });
+            assert!(same, "round {round}: other data than the server has");
+        }
+        let job = FioJob::new(dir.path(), "verify").set("filename", device.display());
+        job.set("ioengine", "libaio")
+            .set("direct", 1)
+            .set("iodepth", 8)
+            .set("rw", "randwrite")
+            .set("bsrange", "4k-1m")
+            .set("size", "32m")
+            .set("verify", "crc32c")
+            .run(LONG)
+            .assert_clean();
+        nbd::disconnect_and_wait(index, LONG).unwrap();
+        data.close_nbd();
+        data.flush().unwrap();
+        assert_eq!(data.stats().errors, 0);
+        data.server_down();
+        server.kill();
     });
 }

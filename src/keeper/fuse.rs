@@ -24,7 +24,7 @@ use fuser::{
 use nix::mount::{MntFlags, MsFlags, umount2};
 
 use super::guard::Op;
-use super::path::Shared;
+use super::path::{Completion, Shared};
 use crate::error::{Doing, Error, Kind, Result};
 
 /// The name of the file.
@@ -167,8 +167,8 @@ impl Disk {
 /// The size may change, so attributes are not cached.
 const TTL: Duration = Duration::ZERO;
 
-fn empty(reply: ReplyEmpty) -> super::path::Completion {
-    Box::new(move |result| match result {
+fn empty(reply: ReplyEmpty) -> Completion {
+    Completion::new(move |result| match result {
         Ok(_) => reply.ok(),
         Err(errno) => reply.error(Errno::from_i32(errno)),
     })
@@ -230,7 +230,7 @@ impl Filesystem for Disk {
         let len = self.path.size().saturating_sub(offset).min(size.into()) as u32;
         self.path.submit(
             Op::Read { offset, len },
-            Box::new(move |result| match result {
+            Completion::new(move |result| match result {
                 Ok(data) => reply.data(data),
                 Err(errno) => reply.error(Errno::from_i32(errno)),
             }),
@@ -255,7 +255,7 @@ impl Filesystem for Disk {
         let len = data.len() as u32;
         self.path.submit(
             Op::Write { offset, data, fua: false },
-            Box::new(move |result| match result {
+            Completion::new(move |result| match result {
                 Ok(_) => reply.written(len),
                 Err(errno) => reply.error(Errno::from_i32(errno)),
             }),

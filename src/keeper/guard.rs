@@ -602,6 +602,14 @@ impl<T> Guard<T> {
         })
     }
 
+    /// Who waits for the data of this reply, if that may be delivered without a look at it: a read of a server whose
+    /// zeros are always true, which nobody has answered yet.
+    pub fn unseen(&self, conn: ConnId, cookie: u64) -> Option<&T> {
+        let Who::Op(i) = self.request(conn, cookie)?.who else { return None };
+        let op = self.ops[i].as_ref()?;
+        (op.kind == OpKind::Read && !self.settings.zeros_when_closed).then_some(op.token.as_ref()?)
+    }
+
     /// A reply of the server. When it gives a token, `payload` is the answer to that operation, now.
     pub fn reply(
         &mut self,

@@ -17,6 +17,7 @@ pub mod guard;
 pub mod log;
 mod nbd;
 pub mod path;
+mod pipe;
 pub mod process;
 mod ready;
 mod service;

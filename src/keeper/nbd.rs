@@ -10,7 +10,7 @@
 //! with EINVAL, and a broken stream ends that socket alone.
 
 use std::cell::RefCell;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -22,6 +22,7 @@ use nix::sys::socket::{MsgFlags, recv, recvmsg, sendmsg};
 
 use super::guard::{Action, Guard, Now, Op};
 use super::path::{Completion, Joint, Shared, lock};
+use super::pipe::Pipe;
 use crate::zerofs::nbd::{Command, FLAG_FAST_ZERO, FLAG_FUA, MAX_PAYLOAD, RequestHeader, SimpleReply};
 
 /// What is received at once, and the size of an idle socket's buffer.
@@ -151,10 +152,44 @@ impl Front {
         } else {
             self.send(&mut tx, &[&header, data]);
         }
-        if tx.paused && !self.is_full(&tx) {
+        self.resume(&mut tx);
+    }
+
+    /// Answers a read that took `cost` with `head` and what is in the pipe.
+    fn reply_from(&self, cookie: u64, head: &[u8], pipe: &mut Pipe, cost: u64) -> io::Result<()> {
+        let header = SimpleReply { error: 0, cookie }.encode();
+        let mut tx = lock(&self.tx);
+        self.held.fetch_sub(cost, Ordering::Relaxed);
+        if tx.blocked {
+            tx.out.extend_from_slice(&header);
+            tx.out.extend_from_slice(head);
+        } else {
+            self.send(&mut tx, &[&header, head]);
+        }
+        while pipe.held() > 0 && !tx.blocked {
+            match pipe.pour(&self.stream) {
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN) => {
+                    tx.blocked = true;
+                    self.interest(&tx, EpollFlags::empty());
+                }
+                // The reading side tells.
+                Err(e) => return Err(e.into()),
+            }
+        }
+        if pipe.held() > 0 {
+            pipe.read_to(&mut tx.out)?;
+        }
+        self.resume(&mut tx);
+        Ok(())
+    }
+
+    /// Goes on reading when less is held.
+    fn resume(&self, tx: &mut Tx) {
+        if tx.paused && !self.is_full(tx) {
             tx.paused = false;
             // Writable at once, so that the I/O thread looks after what was received and not yet understood.
-            self.interest(&tx, EpollFlags::EPOLLOUT);
+            self.interest(tx, EpollFlags::EPOLLOUT);
         }
     }
 
@@ -536,8 +571,26 @@ fn received(n: nix::Result<usize>) -> Result<Option<usize>, String> {
 
 /// What answers a request.
 fn answer(front: &Arc<Front>, cookie: u64, cost: u64) -> Completion {
-    let front = Arc::clone(front);
-    Box::new(move |result| front.reply(cookie, result, cost))
+    Completion::nbd(Answer { front: Arc::clone(front), cookie, cost })
+}
+
+/// Answers a request.
+pub(super) struct Answer {
+    front: Arc<Front>,
+    cookie: u64,
+    cost: u64,
+}
+
+impl Answer {
+    /// With these bytes, or an errno.
+    pub(super) fn give(self, result: Result<&[u8], i32>) {
+        self.front.reply(self.cookie, result, self.cost);
+    }
+
+    /// With `head` and then all that is in the pipe, which is empty afterwards; if that fails, the socket has ended.
+    pub(super) fn give_from(self, head: &[u8], pipe: &mut Pipe) -> io::Result<()> {
+        self.front.reply_from(self.cookie, head, pipe, self.cost)
+    }
 }
 
 /// A request of any command, known or not.

@@ -30,8 +30,9 @@ use super::fuse;
 use super::guard::{Action, ConnId, Guard, Now, Replay, Settings, Target};
 pub use super::guard::{Op, Stats};
 use super::log::{self, Identity, LogMap, Opened, Payload, ReplayLog};
-use super::nbd::{Front, FrontReader, Heard, gather_here, send_gathered};
-use crate::error::{Error, Kind, Result};
+use super::nbd::{self, Front, FrontReader, Heard, gather_here, send_gathered};
+use super::pipe::Pipe;
+use crate::error::{Doing, Error, Kind, Result};
 use crate::values::{ByteSize, VolumeId};
 use crate::zerofs::nbd::{Command, Export, RequestHeader, SimpleReply, TransmissionFlags, handshake};
 use crate::zerofs::sock;
@@ -48,6 +49,10 @@ const STACK: usize = 256 << 10;
 const BATCH: usize = 32;
 /// After that long without I/O the memory that it needed is given back to the system.
 const QUIET: Duration = Duration::from_secs(1);
+/// Data of which at least so much is still to come stays in the kernel, if nobody has to look at it.
+const PIPED: usize = 64 << 10;
+/// What is received at once while such data may come.
+const AHEAD: usize = 4 << 10;
 /// The event number of the wake-up call.
 const WAKE: u64 = u64::MAX;
 /// The first event number of the kernel's sockets; below are the connections to the server.
@@ -144,9 +149,50 @@ pub struct Replayed {
     pub size: u64,
 }
 
-/// Called once with the read data (empty for all others) or a Linux errno; maybe before
-/// [`DataPath::submit`] returns. It must not block.
-pub type Completion = Box<dyn FnOnce(Result<&[u8], i32>) + Send>;
+/// Takes the answer to an operation.
+pub struct Completion(Taker);
+
+enum Taker {
+    Call(Box<dyn FnOnce(Result<&[u8], i32>) + Send>),
+    /// The front end that can also take data which stays in a pipe.
+    Nbd(nbd::Answer),
+}
+
+impl Completion {
+    /// Calls `done` once with the read data (empty for all others) or a Linux errno; maybe before
+    /// [`DataPath::submit`] returns. It must not block.
+    pub fn new(done: impl FnOnce(Result<&[u8], i32>) + Send + 'static) -> Self {
+        Completion(Taker::Call(Box::new(done)))
+    }
+
+    pub(super) fn nbd(answer: nbd::Answer) -> Self {
+        Completion(Taker::Nbd(answer))
+    }
+
+    fn answer(self, result: Result<&[u8], i32>) {
+        match self.0 {
+            Taker::Call(done) => done(result),
+            Taker::Nbd(answer) => answer.give(result),
+        }
+    }
+
+    fn takes_a_pipe(&self) -> bool {
+        matches!(self.0, Taker::Nbd(_))
+    }
+
+    /// The data is `head` and then all that is in the pipe.
+    fn answer_from(self, head: &[u8], pipe: &mut Pipe) -> io::Result<()> {
+        match self.0 {
+            Taker::Nbd(answer) => answer.give_from(head, pipe),
+            Taker::Call(done) => {
+                let mut data = head.to_vec();
+                pipe.read_to(&mut data)?;
+                done(Ok(&data));
+                Ok(())
+            }
+        }
+    }
+}
 
 /// The data path of one volume. Dropping it ends its threads; the log stays as it is.
 pub struct DataPath {
@@ -475,7 +521,7 @@ impl DataPath {
         let (tell, told) = mpsc::sync_channel(1);
         self.submit(
             Op::Flush,
-            Box::new(move |result| {
+            Completion::new(move |result| {
                 let _ = tell.send(result.map(|_| ()));
             }),
         );
@@ -558,6 +604,8 @@ impl DataPath {
         for socket in sockets {
             // Room for a large reply; the default is 208 KiB. Best effort.
             let _ = setsockopt(&socket, sockopt::SndBufForce, &(2 << 20));
+            // For what is poured from a pipe; everything else says so by itself.
+            socket.set_nonblocking(true).doing("set up", "a socket of the kernel")?;
             let id = shared.next_front.fetch_add(1, Ordering::Relaxed);
             made.push(Front::new(id, socket, Arc::clone(&shared.epoll), read_only));
         }
@@ -669,7 +717,7 @@ impl Joint {
     /// The answer to the piece whose data begins `at`.
     pub(super) fn piece(self: &Arc<Self>, at: usize) -> Completion {
         let joint = Arc::clone(self);
-        Box::new(move |result| {
+        Completion::new(move |result| {
             match result {
                 Ok(bytes) => lock(&joint.data)[at..at + bytes.len()].copy_from_slice(bytes),
                 Err(errno) => joint.errno.store(errno, Ordering::SeqCst),
@@ -678,8 +726,8 @@ impl Joint {
                 && let Some(done) = lock(&joint.done).take()
             {
                 match joint.errno.load(Ordering::SeqCst) {
-                    0 => done(Ok(&lock(&joint.data))),
-                    errno => done(Err(errno)),
+                    0 => done.answer(Ok(&lock(&joint.data))),
+                    errno => done.answer(Err(errno)),
                 }
             }
         })
@@ -714,7 +762,7 @@ impl Shared {
             let State { guard, armed, .. } = &mut *state;
             let Some(guard) = guard else {
                 drop(state);
-                return done(Err(libc::EIO));
+                return done.answer(Err(libc::EIO));
             };
             self.submit_pieces(guard, now, op, done, &mut out);
             // Other deadlines are due to replies, which the I/O thread sees itself.
@@ -823,8 +871,8 @@ impl Shared {
                     lock(&conn.tx).queue.push_back(frame);
                 }
                 Action::Done { token, result } => match &result {
-                    Ok(data) => token(Ok(data)),
-                    Err(errno) => token(Err(*errno)),
+                    Ok(data) => token.answer(Ok(data)),
+                    Err(errno) => token.answer(Err(*errno)),
                 },
                 Action::Probe { id } => drop(self.jobs.send(Job::Probe(id))),
                 Action::CheckFlush { id, since } => drop(self.jobs.send(Job::CheckFlush(id, since))),
@@ -1008,6 +1056,17 @@ struct Buffer {
     filled: usize,
     /// What the reply at its beginning takes, if that is known and it is not whole.
     need: usize,
+    /// What a pipe takes of that reply: the bytes here are its header and the first of its data.
+    piped: Option<Piped>,
+    pipe: Option<Pipe>,
+    /// The last reply went through the pipe, and so may the next one: little is received ahead.
+    large: bool,
+}
+
+struct Piped {
+    cookie: u64,
+    /// Bytes that are still to come.
+    left: usize,
 }
 
 impl Receiver {
@@ -1066,7 +1125,7 @@ impl Receiver {
                     .intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR)
                 {
                     current = false;
-                    if let Some(at) = self.receive(shared, &conn) {
+                    if let Some(at) = self.receive(shared, &conn, deadline) {
                         deadline = at;
                         current = true;
                     }
@@ -1133,18 +1192,30 @@ impl Receiver {
         }
     }
 
-    /// Receives once and answers what is whole. Gives the next deadline, unless the connection is lost.
-    fn receive(&mut self, shared: &Shared, conn: &Conn) -> Option<Option<Now>> {
+    /// Receives once and answers what is whole. Gives the next deadline, unless the connection is lost or nothing came.
+    fn receive(&mut self, shared: &Shared, conn: &Conn, deadline: Option<Now>) -> Option<Option<Now>> {
         let i = match self.buffers.iter().position(|b| b.conn == conn.id) {
             Some(i) => i,
             None => {
-                self.buffers.push(Buffer { conn: conn.id, bytes: vec![0; RECEIVE], filled: 0, need: 0 });
+                self.buffers.push(Buffer {
+                    conn: conn.id,
+                    bytes: vec![0; RECEIVE],
+                    filled: 0,
+                    need: 0,
+                    piped: None,
+                    pipe: None,
+                    large: false,
+                });
                 self.buffers.len() - 1
             }
         };
         let buffer = &mut self.buffers[i];
         // What comes after a large reply is left for the next time, since it would have to be moved then.
+        if buffer.piped.is_some() {
+            return Self::receive_piped(shared, conn, buffer, deadline);
+        }
         let end = match buffer.need {
+            0 if buffer.large => buffer.filled + AHEAD,
             need if need > RECEIVE => buffer.bytes.len().min(need + SimpleReply::LEN),
             _ => buffer.bytes.len(),
         };
@@ -1161,11 +1232,12 @@ impl Receiver {
                 return None;
             }
         }
+        buffer.large = false;
         let now = shared.now();
         let mut out = Vec::new();
         let mut inline: Vec<(Completion, std::ops::Range<usize>)> = Vec::with_capacity(32);
         let mut at = 0;
-        let mut need = 0;
+        let (mut need, mut piped) = (0, None);
         let mut wrong = None;
         let deadline = {
             let mut state = shared.state();
@@ -1187,6 +1259,12 @@ impl Receiver {
                 let payload = at + SimpleReply::LEN..at + SimpleReply::LEN + len;
                 if payload.end > buffer.filled {
                     need = SimpleReply::LEN + len;
+                    let left = payload.end - buffer.filled;
+                    if left >= PIPED
+                        && guard.unseen(conn.id, reply.cookie).is_some_and(Completion::takes_a_pipe)
+                    {
+                        piped = Some(Piped { cookie: reply.cookie, left });
+                    }
                     break;
                 }
                 let data = &buffer.bytes[payload.clone()];
@@ -1199,12 +1277,16 @@ impl Receiver {
             *armed
         };
         for (token, range) in inline {
-            token(Ok(&buffer.bytes[range]));
+            token.answer(Ok(&buffer.bytes[range]));
         }
         buffer.bytes.copy_within(at..buffer.filled, 0);
         buffer.filled -= at;
         buffer.need = need;
-        if need > buffer.bytes.len() {
+        if let Some(piped) = piped
+            && (buffer.pipe.is_some() || Pipe::new().map(|pipe| buffer.pipe = Some(pipe)).is_ok())
+        {
+            (buffer.piped, buffer.large) = (Some(piped), true);
+        } else if need > buffer.bytes.len() {
             buffer.bytes.resize(need.max(2 * RECEIVE), 0);
         }
         shared.act(out);
@@ -1212,6 +1294,61 @@ impl Receiver {
             shared.lost(conn.id, &wrong);
             return None;
         }
+        Some(deadline)
+    }
+
+    /// The same for data that goes through the pipe.
+    fn receive_piped(
+        shared: &Shared,
+        conn: &Conn,
+        buffer: &mut Buffer,
+        deadline: Option<Now>,
+    ) -> Option<Option<Now>> {
+        let (Some(piped), Some(pipe)) = (&mut buffer.piped, &mut buffer.pipe) else { return None };
+        match pipe.fill(&conn.stream, piped.left) {
+            Ok(0) => {
+                shared.lost(conn.id, "the server closed the connection");
+                return None;
+            }
+            Ok(n) => piped.left -= n,
+            Err(nix::Error::EINTR) => return Some(deadline),
+            // It is no false alarm: the pipe is full. From here on the data comes here after all.
+            Err(nix::Error::EAGAIN) => {
+                buffer.piped = None;
+                buffer.bytes.truncate(buffer.filled);
+                if let Err(e) = pipe.read_to(&mut buffer.bytes) {
+                    shared.lost(conn.id, &format!("cannot read from a pipe: {e}"));
+                    return None;
+                }
+                buffer.filled = buffer.bytes.len();
+                buffer.bytes.resize(buffer.need.max(2 * RECEIVE), 0);
+                return Some(deadline);
+            }
+            Err(e) => {
+                shared.lost(conn.id, &format!("cannot receive from the server: {e}"));
+                return None;
+            }
+        }
+        if piped.left > 0 {
+            return Some(deadline);
+        }
+        let mut out = Vec::new();
+        let (token, deadline) = {
+            let mut state = shared.state();
+            let State { guard, armed, .. } = &mut *state;
+            let guard = guard.as_mut()?;
+            let token = guard.reply(shared.now(), conn.id, piped.cookie, 0, &[], &mut out);
+            *armed = guard.deadline();
+            (token, *armed)
+        };
+        let head = &buffer.bytes[SimpleReply::LEN..buffer.filled];
+        let emptied = token.is_some_and(|token| token.answer_from(head, pipe).is_ok());
+        if !emptied {
+            // Nobody wants it any more.
+            buffer.pipe = None;
+        }
+        (buffer.filled, buffer.need, buffer.piped) = (0, 0, None);
+        shared.act(out);
         Some(deadline)
     }
 }
