@@ -59,24 +59,24 @@ pub fn compare(scale: &Scale) {
     require_nbd();
     let memory = TestDir::new();
     let server = Memory::serve(memory.path());
-    on_one(scale, "nbdkit memory", memory.path());
+    on_one(scale, "nbdkit memory", memory.path(), false);
     drop(server);
     let zerofs = TestDir::new();
     let floor = Floor::new(zerofs.path(), 1 << 30);
     let server = floor.start_server();
     floor.ensure_disk();
-    on_one(scale, "ZeroFS, local store", zerofs.path());
+    on_one(scale, "ZeroFS, local store", zerofs.path(), true);
     drop(server);
 }
 
-fn on_one(scale: &Scale, server: &str, dir: &Path) {
+fn on_one(scale: &Scale, server: &str, dir: &Path, zeros_when_closed: bool) {
     let mut figures = vec![Figures::default(); Way::ALL.len()];
     for turn in 0..scale.rounds {
         // Everybody is once the first after somebody else.
         for n in 0..Way::ALL.len() {
             let n = (n + turn) % Way::ALL.len();
             say(format!("{server}, turn {} of {}, {:?}", turn + 1, scale.rounds, Way::ALL[n]));
-            let attached = Attached::new(Way::ALL[n], dir);
+            let attached = Attached::new(Way::ALL[n], dir, zeros_when_closed);
             if turn == 0 && figures.iter().all(|f| f.iops[0].is_empty()) {
                 fill(dir, &attached.device());
             }
@@ -174,12 +174,12 @@ enum Attached {
 }
 
 impl Attached {
-    fn new(way: Way, dir: &Path) -> Attached {
+    fn new(way: Way, dir: &Path, zeros_when_closed: bool) -> Attached {
         match way {
             Way::Fuse => Attached::Fuse(Keeper::attach(dir)),
             Way::NbdClient => Attached::Kernel { index: by_nbd_client(dir), data: None },
             Way::Guarded => {
-                let data = data_path(dir);
+                let data = data_path(dir, zeros_when_closed);
                 let flags = data.flags().expect("a server is up");
                 let sockets = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made");
                 let index = connect(NbdPath::Guarded, &sockets, flags, data.size());
@@ -258,7 +258,7 @@ fn by_nbd_client(dir: &Path) -> u32 {
 pub fn wire(scale: &Scale) {
     let dir = TestDir::new();
     let server = Memory::serve(dir.path());
-    let data = data_path(dir.path());
+    let data = data_path(dir.path(), false);
     let mut kernel = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made").remove(0);
     println!(
         "### The guarded path without a device: a socket and nbdkit memory; median of {} turns each\n",

@@ -191,7 +191,7 @@ impl Prober for Honest {
 impl Keeper {
     /// On the NBD server in this folder.
     pub fn attach(run_dir: &Path) -> Keeper {
-        let path = data_path(run_dir);
+        let path = data_path(run_dir, true);
         let fuse = run_dir.join("fuse");
         fs::create_dir_all(&fuse).expect("the bench's folder can be written");
         path.mount_fuse(&fuse).expect("FUSE can be mounted");
@@ -200,8 +200,9 @@ impl Keeper {
     }
 }
 
-/// A data path with the NBD server in this folder as its server.
-pub fn data_path(run_dir: &Path) -> Arc<DataPath> {
+/// A data path with the NBD server in this folder as its server. As with ZeroFS 0.19.1, every read is looked at if this
+/// server may answer with zeros that are none.
+pub fn data_path(run_dir: &Path, zeros_when_closed: bool) -> Arc<DataPath> {
     let (events, _) = mpsc::channel();
     let config = DataPathConfig {
         run_dir: run_dir.into(),
@@ -211,8 +212,7 @@ pub fn data_path(run_dir: &Path) -> Arc<DataPath> {
         io_timeout: None,
         volume: "bench".parse().expect("a valid volume id"),
         epoch: 1,
-        // As with ZeroFS 0.19.1, where every read is looked at.
-        zeros_when_closed: true,
+        zeros_when_closed,
         replay_log: true,
     };
     let path = DataPath::new(config, Arc::new(Honest), events).expect("a data path can be made");
