@@ -152,8 +152,10 @@ pub struct Replayed {
 /// Takes the answer to an operation.
 pub struct Completion(Taker);
 
+type Call = Box<dyn FnOnce(Result<&[u8], i32>) + Send>;
+
 enum Taker {
-    Call(Box<dyn FnOnce(Result<&[u8], i32>) + Send>),
+    Call(Call),
     /// The front end that can also take data which stays in a pipe.
     Nbd(nbd::Answer),
 }
