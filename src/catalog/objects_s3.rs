@@ -8,6 +8,7 @@
 
 use std::fmt::Write;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -47,6 +48,8 @@ pub struct S3Objects {
     region: String,
     pace: Pace,
     clock: Mutex<Option<(Timestamp, Instant)>>,
+    /// Whether its answers say that it is a MinIO.
+    minio: AtomicBool,
 }
 
 impl S3Objects {
@@ -62,7 +65,15 @@ impl S3Objects {
         // Retries are ours, so that the pace hears of every refusal.
         let client = S3Catalog::with_retries(url, settings, 0)?;
         let http = http_client(settings)?;
-        Ok(S3Objects { client, http, endpoint, region, pace: Pace::new(IN_FLIGHT), clock: Mutex::new(None) })
+        Ok(S3Objects {
+            client,
+            http,
+            endpoint,
+            region,
+            pace: Pace::new(IN_FLIGHT),
+            clock: Mutex::new(None),
+            minio: AtomicBool::new(false),
+        })
     }
 
     /// Repeats `once` while the server is in trouble.
@@ -119,6 +130,9 @@ impl S3Objects {
             let (head, bytes) = sent.map_err(|e| self.client.no_answer(what, &e))?;
             if let Some(date) = head.headers.get("date").and_then(|v| v.to_str().ok()) {
                 self.tell_time(date);
+            }
+            if head.headers.get("server").is_some_and(|name| name == "MinIO") {
+                self.minio.store(true, Ordering::Relaxed);
             }
             let text = std::str::from_utf8(&bytes).map_err(|_| no_sense(what))?;
             if head.status.is_success() && !text.contains("<Error>") {
@@ -281,13 +295,16 @@ impl Objects for S3Objects {
     fn uploads(&self, volume: &VolumeId) -> Result<Vec<Upload>> {
         let what = "list unfinished uploads";
         let prefix = self.client.full_key(Below::volume(volume).as_str());
+        // MinIO takes the prefix for the whole key of one object, and answers that there is nothing. Without one it tells
+        // all uploads of the bucket that it has seen begin. (An answer to something came before this.)
+        let asked = if self.minio.load(Ordering::Relaxed) { "" } else { prefix.as_str() };
         let (mut uploads, mut marker) = (Vec::new(), None::<(String, String)>);
         loop {
             let mut query = vec![("encoding-type", "url")];
             if let Some((key, _)) = &marker {
                 query.push(("key-marker", key));
             }
-            query.extend([("max-uploads", "1000"), ("prefix", prefix.as_str())]);
+            query.extend([("max-uploads", "1000"), ("prefix", asked)]);
             if let Some((_, id)) = &marker {
                 query.push(("upload-id-marker", id));
             }

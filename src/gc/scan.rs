@@ -65,6 +65,12 @@ impl Scan {
         self.volumes.iter().filter(|v| v.record != Recorded::No).count()
     }
 
+    /// What is known of a volume.
+    pub fn seen(&self, volume: &VolumeId) -> Option<&Seen> {
+        let at = self.volumes.binary_search_by(|seen| seen.volume.cmp(volume)).ok()?;
+        self.volumes.get(at)
+    }
+
     /// How many have this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.volumes.iter().filter(|v| v.judgement.verdict == verdict).count()
