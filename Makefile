@@ -43,7 +43,7 @@ test-k8s: ## The tests with a real Kubernetes API server, which the first run bu
 
 # Everything that takes long, with full counts: PART is one or more of the parts that scripts/test-long lists.
 PART ?= all
-test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills nbd-matrix nbd-leaks csi"): needs root
+test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills nbd-matrix nbd-leaks csi gc"): needs root
 	@scripts/setup test
 	scripts/test-long $(PART)
 

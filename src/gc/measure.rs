@@ -118,6 +118,13 @@ pub(super) fn glance(objects: &dyn Objects, volume: &VolumeId, watch: &dyn Watch
             .rest(objects, &below.folder(MANIFEST), None, None, &super::Unwatched)
             .map_err(|e| e.on(volume))?;
     }
+    // In a bucket with versions MinIO lists the folders of what was deleted, too.
+    if tally.count == 0 && !tally.names.is_empty() {
+        let page = objects.page(&below, false, None).map_err(|e| e.on(volume))?;
+        if page.objects.is_empty() && page.next.is_none() {
+            return Ok(Facts { objects: None, ..Facts::EMPTY });
+        }
+    }
     if watch.interrupted() {
         return Err(Error::new(Kind::Interrupted, "stopped as asked"));
     }
