@@ -59,6 +59,17 @@ fn a_bucket_is_listed_page_by_page_and_only_the_volume_is_deleted() {
     let (keys, pages) = all(objects.as_ref(), &Below::volume(&vol1));
     assert_eq!((keys.len(), pages), (1101, 2));
     assert!(keys.contains("vol1/manifest/odd name+&"), "{keys:?}");
+    let tables = Below::volume(&vol1).folder("compacted");
+    let late = objects.page_from(&tables, "vol1/compacted/01098.sst").unwrap();
+    let late: Vec<_> = late.objects.iter().map(|o| o.key.as_str()).collect();
+    assert_eq!(
+        late,
+        ["vol1/compacted/01098.sst", "vol1/compacted/01099.sst"],
+        "that one and what comes later"
+    );
+    assert_eq!(objects.page_from(&tables, "vol1/compacted/01099.sst2").unwrap().objects.len(), 0);
+    let elsewhere = objects.page_from(&tables, "vol10/manifest/1").unwrap();
+    assert_eq!(elsewhere.objects.len(), 1000, "from the beginning");
     let top = objects.page(&Below::root(), true, None).unwrap();
     assert_eq!(top.folders, [".zerofsctl/", "vol1/", "vol10/"]);
     assert_eq!(top.objects.iter().map(|o| o.key.as_str()).collect::<Vec<_>>(), ["vol1.txt"]);

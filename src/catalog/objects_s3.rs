@@ -204,7 +204,8 @@ fn no_sense(what: &str) -> Error {
 }
 
 impl S3Objects {
-    fn list(&self, below: &str, folders: bool, next: Option<&str>) -> Result<Page> {
+    /// One page of what is below; `after` begins behind that key, and only the first page needs it.
+    fn list(&self, below: &str, folders: bool, next: Option<&str>, after: Option<&str>) -> Result<Page> {
         let what = "list";
         let prefix = self.client.full_key(below);
         let mut query = Vec::new();
@@ -217,6 +218,7 @@ impl S3Objects {
             ("max-keys", "1000"),
             ("prefix", &prefix),
         ]);
+        query.extend(after.map(|key| ("start-after", key)));
         let text = self.ask(what, &query)?;
         let mut page = Page::default();
         for object in elements(&text, "Contents") {
@@ -250,7 +252,16 @@ impl S3Objects {
 
 impl Objects for S3Objects {
     fn page(&self, below: &Below, folders: bool, next: Option<&str>) -> Result<Page> {
-        self.list(below.as_str(), folders, next)
+        self.list(below.as_str(), folders, next, None)
+    }
+
+    fn page_from(&self, below: &Below, key: &str) -> Result<Page> {
+        // S3 begins behind a key, which need not be there: its own beginning is before it, and after most others.
+        let mut after = self.client.full_key(key);
+        if !key.starts_with(below.as_str()) || after.pop().is_none() {
+            return self.page(below, false, None);
+        }
+        self.list(below.as_str(), false, None, Some(&after))
     }
 
     fn delete(&self, volume: &VolumeId, keys: &[String]) -> Result<Vec<(String, Error)>> {
@@ -362,7 +373,7 @@ impl Objects for S3Objects {
         // By a listing, since that has the server's time and an answer of its own for "none". The key may be the
         // beginning of others, but comes before them.
         let key = super::key(volume);
-        let page = self.list(&key, false, None)?;
+        let page = self.list(&key, false, None, None)?;
         Ok(page.objects.into_iter().find(|o| o.key == key).map(|o| o.modified))
     }
 

@@ -101,6 +101,16 @@ fn no_progress() -> Error {
 
 /// Only what it is and what was written last, by a look at the first level and at the manifests: for a last look.
 pub(super) fn glance(objects: &dyn Objects, volume: &VolumeId, watch: &dyn Watch) -> Result<Facts> {
+    glance_since(objects, volume, None, watch)
+}
+
+/// The same, of manifests only at this one and those that came later: ZeroFS numbers them in their order.
+pub(super) fn glance_since(
+    objects: &dyn Objects,
+    volume: &VolumeId,
+    manifest: Option<&str>,
+    watch: &dyn Watch,
+) -> Result<Facts> {
     let below = Below::volume(volume);
     let mut tally = Tally::new(&below);
     let mut next = None;
@@ -114,9 +124,16 @@ pub(super) fn glance(objects: &dyn Objects, volume: &VolumeId, watch: &dyn Watch
         }
     }
     if tally.names.iter().any(|n| n == MANIFEST) {
-        tally
-            .rest(objects, &below.folder(MANIFEST), None, None, &super::Unwatched)
-            .map_err(|e| e.on(volume))?;
+        let folder = below.folder(MANIFEST);
+        let first = match manifest {
+            Some(key) => objects.page_from(&folder, key),
+            None => objects.page(&folder, false, None),
+        };
+        let first = first.map_err(|e| e.on(volume))?;
+        tally.take(&first.objects, &super::Unwatched);
+        if let Some(next) = first.next {
+            tally.rest(objects, &folder, None, Some(next), &super::Unwatched).map_err(|e| e.on(volume))?;
+        }
     }
     // In a bucket with versions MinIO lists the folders of what was deleted, too.
     if tally.count == 0 && !tally.names.is_empty() {

@@ -59,11 +59,11 @@ impl Sides {
         command
     }
 
-    /// `s5cmd …`, as quick as it can be: what it did is not told object by object.
+    /// `s5cmd …`.
     fn s5cmd(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.s5cmd);
         command
-            .args(["--endpoint-url", &self.endpoint, "--log", "error"])
+            .args(["--endpoint-url", &self.endpoint])
             .args(args)
             .env_clear()
             .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
@@ -73,9 +73,15 @@ impl Sides {
     }
 }
 
+/// What an answer in JSON says.
+fn data(answer: &str) -> serde_json::Value {
+    let mut answer: serde_json::Value = serde_json::from_str(answer).expect("an answer in JSON");
+    answer["data"].take()
+}
+
 /// How many objects `gc-s3 scan -o json` counted, and in how many volumes with any.
 fn counted(answer: &str) -> (u64, usize) {
-    let answer: serde_json::Value = serde_json::from_str(answer).expect("a scan answers in JSON");
+    let answer = data(answer);
     let volumes = answer["volumes"].as_array().expect("it has volumes");
     let objects = |v: &serde_json::Value| v["objects"].as_u64().expect("each volume was counted");
     (volumes.iter().map(objects).sum(), volumes.iter().filter(|v| objects(v) > 0).count())
