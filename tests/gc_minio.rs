@@ -44,7 +44,7 @@ impl Lab {
         assert!(matches!(self.records.create(&record).unwrap(), Written::Done(_)));
         let key = |n: usize| match n {
             0 => format!("csi/{name}/.zerofs_bucket_id"),
-            _ if n % 2 == 0 => format!("csi/{name}/manifest/{n:020}.manifest"),
+            _ if n.is_multiple_of(2) => format!("csi/{name}/manifest/{n:020}.manifest"),
             _ => format!("csi/{name}/compacted/{n:026}.sst"),
         };
         let keys: Vec<String> = (0..count).map(key).collect();
