@@ -8,7 +8,7 @@ export ZEROFSCTL_TOOLS ?= $(HOME)/.cache/zerofsctl/tools
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-vm test-nbd test-k8s test-long check fmt lint scripts-lint deny generate generated bench bench-nbd bench-rounds install clean
+.PHONY: help demo build test test-vm test-nbd test-k8s test-long check fmt lint scripts-lint deny generate generated bench bench-nbd bench-gc bench-rounds install clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ test-k8s: ## The tests with a real Kubernetes API server, which the first run bu
 
 # Everything that takes long, with full counts: PART is one or more of the parts that scripts/test-long lists.
 PART ?= all
-test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills nbd-matrix nbd-leaks csi"): needs root
+test-long: ## The crash tests with full counts, and many more cases (PART="kills store death matrix model nbd-kills nbd-matrix nbd-leaks csi gc"): needs root
 	@scripts/setup test
 	scripts/test-long $(PART)
 
@@ -92,6 +92,13 @@ bench-nbd: ## The NBD transport beside nbd-client, in a machine that has it (ARG
 	@scripts/vm uml --name bench-nbd --memory 6G --timeout 3600 -- \
 	"$$($(CARGO) bench --locked --quiet --bench side_by_side --no-run --message-format json | \
 	sed -n 's/.*"name":"side_by_side".*"executable":"\([^"]*\)".*/\1/p')" nbd $(ARGS)
+	@echo "$$(cut -d' ' -f1-3 /proc/loadavg) after."
+
+# ARGS="--volumes 220 --objects 200000" for less.
+bench-gc: ## gc-s3 beside s5cmd on a real MinIO, and far from a store that is never busy (ARGS="--rounds 3"): needs root
+	@scripts/setup test bench
+	@echo "Load average: $$(cut -d' ' -f1-3 /proc/loadavg) before,"
+	$(CARGO) bench --locked --bench side_by_side -- gc $(ARGS)
 	@echo "$$(cut -d' ' -f1-3 /proc/loadavg) after."
 
 # Prints rounds, leaks and time (ROUNDS=200 for fewer).

@@ -1,4 +1,4 @@
-//! Listing and deleting objects of a real bucket (moto), and answers of servers in trouble (scripted).
+//! Listing and deleting objects of a bucket (moto, or MinIO: `support::s3`), and answers of servers in trouble (scripted).
 
 mod support;
 
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use support::dir::TestDir;
-use support::moto::Moto;
+use support::s3::S3;
 use support::script::{Script, answer};
 use zerofsctl::catalog::{self, Below, Objects, VolumeRecord, Written};
 use zerofsctl::error::Kind;
@@ -40,30 +40,41 @@ fn all(objects: &dyn Objects, below: &Below) -> (BTreeSet<String>, usize) {
 #[test]
 fn a_bucket_is_listed_page_by_page_and_only_the_volume_is_deleted() {
     let dir = TestDir::new();
-    let moto = Moto::start(dir.path());
-    moto.create_bucket("vols");
+    let server = S3::start(dir.path());
+    server.create_bucket("vols");
     for n in 0..1100 {
-        moto.put("vols", &format!("some/where/vol1/compacted/{n:05}.sst"), b"abc");
+        server.put("vols", &format!("some/where/vol1/compacted/{n:05}.sst"), b"abc");
     }
     for key in
         ["vol10/manifest/1", "vol1.txt", "vol1/manifest/odd%20name%2B%26", ".zerofsctl/volumes/vol1.json"]
     {
-        moto.put("vols", &format!("some/where/{key}"), b"abc");
+        server.put("vols", &format!("some/where/{key}"), b"abc");
     }
-    moto.put("vols", "some/where-else/vol1/manifest/1", b"abc");
-    moto.begin_upload("vols", "some/where/vol1/compacted/part.sst");
-    moto.begin_upload("vols", "some/where/vol10/compacted/part.sst");
-    let objects = catalog::objects(&"s3://vols/some/where".parse().unwrap(), &moto.settings()).unwrap();
+    server.put("vols", "some/where-else/vol1/manifest/1", b"abc");
+    server.begin_upload("vols", "some/where/vol1/compacted/part.sst");
+    server.begin_upload("vols", "some/where/vol10/compacted/part.sst");
+    let objects = catalog::objects(&"s3://vols/some/where".parse().unwrap(), &server.settings()).unwrap();
 
     let vol1 = id("vol1");
     let (keys, pages) = all(objects.as_ref(), &Below::volume(&vol1));
     assert_eq!((keys.len(), pages), (1101, 2));
     assert!(keys.contains("vol1/manifest/odd name+&"), "{keys:?}");
+    let tables = Below::volume(&vol1).folder("compacted");
+    let late = objects.page_from(&tables, "vol1/compacted/01098.sst").unwrap();
+    let late: Vec<_> = late.objects.iter().map(|o| o.key.as_str()).collect();
+    assert_eq!(
+        late,
+        ["vol1/compacted/01098.sst", "vol1/compacted/01099.sst"],
+        "that one and what comes later"
+    );
+    assert_eq!(objects.page_from(&tables, "vol1/compacted/01099.sst2").unwrap().objects.len(), 0);
+    let elsewhere = objects.page_from(&tables, "vol10/manifest/1").unwrap();
+    assert_eq!(elsewhere.objects.len(), 1000, "from the beginning");
     let top = objects.page(&Below::root(), true, None).unwrap();
     assert_eq!(top.folders, [".zerofsctl/", "vol1/", "vol10/"]);
     assert_eq!(top.objects.iter().map(|o| o.key.as_str()).collect::<Vec<_>>(), ["vol1.txt"]);
     let off = objects.now().unwrap().duration_since(Timestamp::now()).abs();
-    assert!(off < SignedDuration::from_mins(5), "moto has this machine's clock: {off:?}");
+    assert!(off < SignedDuration::from_mins(5), "the server has this machine's clock: {off:?}");
     assert!(objects.record_written(&vol1).unwrap().is_some());
     assert!(objects.record_written(&id("vol")).unwrap().is_none());
     assert_eq!(objects.keeps_versions().unwrap(), Some(false));
@@ -86,37 +97,40 @@ fn a_bucket_is_listed_page_by_page_and_only_the_volume_is_deleted() {
     }
     assert!(all(objects.as_ref(), &Below::volume(&vol1)).0.is_empty());
     assert_eq!(all(objects.as_ref(), &Below::root()).0.len(), 3);
-    assert_eq!(moto.keys("vols", "some/where-else/").len(), 1);
+    assert_eq!(server.keys("vols", "some/where-else/").len(), 1);
 }
 
 #[test]
 fn marked_volumes_go_from_a_bucket_with_all_that_is_theirs_and_nothing_else() {
     let dir = TestDir::new();
-    let moto = Moto::start(dir.path());
-    moto.create_bucket("vols");
+    let server = S3::start(dir.path());
+    server.create_bucket("vols");
     let url = "s3://vols".parse().unwrap();
-    let records = catalog::open(&url, &moto.settings()).unwrap();
-    let objects = catalog::objects(&url, &moto.settings()).unwrap();
+    let records = catalog::open(&url, &server.settings()).unwrap();
+    let objects = catalog::objects(&url, &server.settings()).unwrap();
     let mut kept = BTreeSet::new();
     for (volume, count) in [("vol1", 40), ("vol10", 3), ("gone", 4), ("kept", 2)] {
         let record = VolumeRecord::new(id(volume), ByteSize(1 << 30), None, Timestamp::now());
         assert!(matches!(records.create(&record).unwrap(), Written::Done(_)));
         for n in 0..count {
-            moto.put("vols", &format!("{volume}/compacted/{n:05}.sst"), b"abc");
+            server.put("vols", &format!("{volume}/compacted/{n:05}.sst"), b"abc");
             if !["vol1", "gone"].contains(&volume) {
                 kept.insert(format!("{volume}/compacted/{n:05}.sst"));
             }
         }
     }
-    moto.begin_upload("vols", "vol1/compacted/part.sst");
+    server.begin_upload("vols", "vol1/compacted/part.sst");
     // Beside them: another installation, somebody's photos, and a volume of an older driver.
     for key in ["csi/pvc-1/manifest/1", "photos/2024.jpg", "older/manifest/1", "readme.txt"] {
-        moto.put("vols", key, b"abc");
+        server.put("vols", key, b"abc");
         kept.insert(key.to_owned());
     }
-    moto.put("vols", ".zerofsctl/volumes/newer.json", br#"{"format": 2, "id": "newer"}"#);
-    moto.put("vols", "newer/manifest/1", b"abc");
+    server.put("vols", ".zerofsctl/volumes/newer.json", br#"{"format": 2, "id": "newer"}"#);
+    server.put("vols", "newer/manifest/1", b"abc");
     kept.insert("newer/manifest/1".into());
+    // MinIO tells the fraction of the second in which an object was written, but its Date has none: until then the last one
+    // would be younger than no time at all, and its volume live.
+    std::thread::sleep(Duration::from_millis(1100));
     let collector = |options: Options| Collector {
         catalog: records.as_ref(),
         objects: objects.as_ref(),
@@ -158,20 +172,21 @@ fn marked_volumes_go_from_a_bucket_with_all_that_is_theirs_and_nothing_else() {
         "{swept:?}"
     );
     let left: BTreeSet<String> =
-        moto.keys("vols", "").into_iter().filter(|k| !k.starts_with(".zerofsctl")).collect();
+        server.keys("vols", "").into_iter().filter(|k| !k.starts_with(".zerofsctl")).collect();
     assert_eq!(left, kept);
-    assert!(!moto.text("/vols?uploads").contains("<UploadId>"));
-    let records_left = moto.keys("vols", ".zerofsctl/volumes/");
+    assert!(!server.text("/vols?uploads").contains("<UploadId>"));
+    let records_left = server.keys("vols", ".zerofsctl/volumes/");
     assert_eq!(records_left.len(), 3, "{records_left:?}");
 
     // The same for one volume, as CSI does it, again and again.
     let now = DeleteOptions::default();
     // The store's times are whole seconds; a later one than that of the record is what counts.
     std::thread::sleep(Duration::from_millis(1100));
-    moto.put("vols", "vol10/manifest/1", b"abc");
+    server.put("vols", "vol10/manifest/1", b"abc");
     let gone = gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &now, &Unwatched);
     // It was written to after its record, a moment ago: a server may be running.
     assert_eq!(gone.unwrap_err().kind(), Kind::Busy);
+    std::thread::sleep(Duration::from_millis(1100));
     let at_once = DeleteOptions { quiet: zero, ..now };
     let gone =
         gc::delete_volume(records.as_ref(), objects.as_ref(), &id("vol10"), &at_once, &Unwatched).unwrap();

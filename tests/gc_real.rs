@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use support::cli::{Node, assert_holds, pattern, write_durably};
 use support::dir::TestDir;
-use support::moto::Moto;
+use support::s3::S3;
 
 const MIB: usize = 1 << 20;
 
@@ -19,7 +19,7 @@ const MIB: usize = 1 << 20;
 struct Lab {
     // The node's leftovers go before the store that they wait for.
     node: Node,
-    moto: Moto,
+    server: S3,
     _store: TestDir,
     options: Vec<String>,
 }
@@ -28,21 +28,22 @@ impl Lab {
     fn new() -> Lab {
         let node = Node::new();
         let store = TestDir::new();
-        let moto = Moto::start(store.path());
-        moto.create_bucket("vols");
+        let server = S3::start(store.path());
+        server.create_bucket("vols");
+        let [key, secret] = server.keys_of_account();
         let config = node.dir.join("config.yaml");
         let text = format!(
             "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: zerofs}}\ndata:\n  storageURL: s3://vols/csi\n  \
              awsEndpoint: http://{}\n  awsAllowHTTP: \"true\"\n  encryptionPasswordSecretName: password\n  \
              awsCredentialsSecretName: aws\n  cacheDiskSizeGB: \"0.1\"\n  cacheMemorySizeGB: \"0.064\"\n---\n\
              apiVersion: v1\nkind: Secret\nmetadata: {{name: password}}\nstringData: {{password: correct horse battery}}\n---\n\
-             apiVersion: v1\nkind: Secret\nmetadata: {{name: aws}}\nstringData: {{AWS_ACCESS_KEY_ID: test, AWS_SECRET_ACCESS_KEY: test}}\n",
-            moto.address()
+             apiVersion: v1\nkind: Secret\nmetadata: {{name: aws}}\nstringData: {{AWS_ACCESS_KEY_ID: {key}, AWS_SECRET_ACCESS_KEY: {secret}}}\n",
+            server.address()
         );
         fs::write(&config, text).unwrap();
         fs::set_permissions(&config, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         let options = vec!["--config".to_owned(), config.display().to_string()];
-        Lab { node, moto, _store: store, options }
+        Lab { node, server, _store: store, options }
     }
 
     fn words<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
@@ -56,7 +57,7 @@ impl Lab {
     }
 
     fn keys(&self, volume: &str) -> usize {
-        self.moto.keys("vols", &format!("csi/{volume}/")).len()
+        self.server.keys("vols", &format!("csi/{volume}/")).len()
     }
 }
 
@@ -70,8 +71,8 @@ fn root_orphans_go_and_everything_else_verifies() {
         node.ok(&["detach", volume]);
         assert!(lab.keys(volume) > 3, "{volume} has objects");
     }
-    lab.moto.begin_upload("vols", "csi/vol1/compacted/part.sst");
-    lab.moto.put("vols", "csi/photos/2024.jpg", b"abc");
+    lab.server.begin_upload("vols", "csi/vol1/compacted/part.sst");
+    lab.server.put("vols", "csi/photos/2024.jpg", b"abc");
     let busy = lab.attach("busy");
     let stop = AtomicBool::new(false);
     std::thread::scope(|s| {
@@ -168,7 +169,7 @@ fn collect(lab: &Lab) {
         assert_eq!(volume["outcome"], "gone", "{swept:#}");
     }
     assert_eq!((lab.keys("gone"), lab.keys("vol1")), (0, 0), "{swept:#}");
-    assert!(!lab.moto.text("/vols?uploads").contains("<UploadId>"));
+    assert!(!lab.server.text("/vols?uploads").contains("<UploadId>"));
     assert!(lab.keys("vol10") > 3 && lab.keys("photos") == 1);
     assert_eq!(node.ok(&lab.words(&["volume", "list", "-o", "name"])).stdout, "busy\nvol10\n");
     node.run(&lab.words(&["volume", "forget", "vol10"])).expect_error(1, &["still has data"]);
@@ -207,7 +208,7 @@ fn root_bad_input_changes_nothing_and_says_what_to_do() {
         fs::write(&path, text).unwrap();
         path.display().to_string()
     };
-    let address = lab.moto.address();
+    let address = lab.server.address();
     let plain = config("plain.yaml", &format!("storageURL: s3://vols/csi\nawsEndpoint: http://{address}\n"));
     let scan = ["gc-s3", "scan", "--no-kubernetes", "--config"];
     node.run(&[&scan[..], &[&plain]].concat()).expect_error(2, &["http://", "awsAllowHTTP"]);
@@ -224,9 +225,9 @@ fn root_bad_input_changes_nothing_and_says_what_to_do() {
     command.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "test");
     support::cli::Answer::of(&mut command).expect_error(20, &["does not answer"]);
     // The root of a bucket, with another installation and a record of a newer format in it.
-    lab.moto.put("vols", "csi/pvc-1/manifest/1", b"abc");
-    lab.moto.put("vols", ".zerofsctl/volumes/newer.json", br#"{"format": 2, "id": "newer"}"#);
-    lab.moto.put("vols", "newer/manifest/1", b"abc");
+    lab.server.put("vols", "csi/pvc-1/manifest/1", b"abc");
+    lab.server.put("vols", ".zerofsctl/volumes/newer.json", br#"{"format": 2, "id": "newer"}"#);
+    lab.server.put("vols", "newer/manifest/1", b"abc");
     let root = lab.words(&["gc-s3", "scan", "--no-kubernetes", "--storage-url", "s3://vols"]);
     let scan = node.json(&root);
     assert_eq!(scan["counts"]["unknown"], 2, "{scan:#}");
@@ -236,7 +237,7 @@ fn root_bad_input_changes_nothing_and_says_what_to_do() {
         let sweep = ["gc-s3", "sweep", "--yes", "--no-kubernetes"];
         node.run(&lab.words(&[&sweep[..], &words[..]].concat())).expect_error(2, &[]);
     }
-    let keys = lab.moto.keys("vols", "");
+    let keys = lab.server.keys("vols", "");
     assert_eq!(keys.len(), 3, "{keys:?}");
 }
 

@@ -1,13 +1,14 @@
 //! `make bench`: zerofsctl beside what it is measured against, in one run on one machine.
 //!
 //! ```text
-//! cargo bench --bench side_by_side [-- PART... [--rounds N] [--seconds N] [--parallel N] [--depth N]]
+//! cargo bench --bench side_by_side [-- PART... [--rounds N] [--seconds N] [--parallel N] [--depth N] [--volumes N] [--objects N]]
 //! ```
 //!
 //! The parts: `attach` (one volume, fresh and existing, beside the same by hand), `parallel` (many at once),
 //! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), `csi` (the driver: calls,
 //! memory, many stages at once), `wire` (the guarded path of the NBD transport without a device), and only when asked for,
-//! since it needs the kernel's nbd module, `nbd` (`make bench-nbd`: the NBD transport beside nbd-client).
+//! since it needs the kernel's nbd module, `nbd` (`make bench-nbd`: the NBD transport beside nbd-client), or since it needs a MinIO,
+//! `gc` (`make bench-gc`: gc-s3 beside s5cmd).
 //! Whatever is compared runs in turns, so that a machine that becomes slower slows both. The result is
 //! Markdown on stdout; the story is on stderr. It needs root.
 
@@ -15,6 +16,7 @@ mod attach;
 mod command;
 mod csi;
 mod floor;
+mod gc;
 mod nbd;
 #[path = "../../tests/support/mod.rs"]
 mod support;
@@ -32,13 +34,18 @@ pub struct Scale {
     pub parallel: usize,
     /// Requests in flight of the 1 MiB jobs of `nbd`.
     pub depth: usize,
+    /// Volumes of `gc`.
+    pub volumes: usize,
+    /// Their objects, in all.
+    pub objects: usize,
 }
 
-const PARTS: [&str; 7] = ["attach", "parallel", "memory", "transport", "csi", "wire", "nbd"];
+const PARTS: [&str; 8] = ["attach", "parallel", "memory", "transport", "csi", "wire", "nbd", "gc"];
 
 fn main() {
     let mut parts = Vec::new();
-    let mut scale = Scale { rounds: 7, seconds: 10, parallel: 20, depth: 8 };
+    let mut scale =
+        Scale { rounds: 7, seconds: 10, parallel: 20, depth: 8, volumes: 1100, objects: 1_000_000 };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut number = || args.next().and_then(|n| n.parse().ok()).unwrap_or_else(|| usage(&arg));
@@ -49,6 +56,8 @@ fn main() {
             "--seconds" => scale.seconds = number(),
             "--parallel" => scale.parallel = number() as usize,
             "--depth" => scale.depth = number() as usize,
+            "--volumes" => scale.volumes = (number() as usize).max(2),
+            "--objects" => scale.objects = (number() as usize).max(10 * scale.volumes),
             part if PARTS.contains(&part) => parts.push(part.to_owned()),
             other => usage(other),
         }
@@ -77,11 +86,14 @@ fn main() {
     if parts.iter().any(|part| part == "nbd") {
         nbd::compare(&scale);
     }
+    if parts.iter().any(|part| part == "gc") {
+        gc::compare(&scale);
+    }
 }
 
 fn usage(at: &str) -> ! {
     eprintln!(
-        "'{at}'? usage: [{}]... [--rounds N] [--seconds N] [--parallel N] [--depth N]",
+        "'{at}'? usage: [{}]... [--rounds N] [--seconds N] [--parallel N] [--depth N] [--volumes N] [--objects N]",
         PARTS.join("|")
     );
     std::process::exit(2);

@@ -90,6 +90,13 @@ pub trait Objects: Send + Sync {
     /// One page of what is below; with `folders`, only the first level, each folder once.
     fn page(&self, below: &Below, folders: bool, next: Option<&str>) -> Result<Page>;
 
+    /// The first page of what is below and not before `key`. A store that cannot begin there begins at the beginning, so
+    /// earlier keys may come too.
+    fn page_from(&self, below: &Below, key: &str) -> Result<Page> {
+        let _ = key;
+        self.page(below, false, None)
+    }
+
     /// Deletes objects of `volume`, at most [`MAX_BATCH`]; one that is not there any more counts as deleted. What could
     /// not be deleted is in the answer, each with its reason. A key of anything else is an error, and nothing is deleted.
     fn delete(&self, volume: &VolumeId, keys: &[String]) -> Result<Vec<(String, Error)>>;

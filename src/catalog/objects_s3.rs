@@ -8,6 +8,7 @@
 
 use std::fmt::Write;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -47,6 +48,8 @@ pub struct S3Objects {
     region: String,
     pace: Pace,
     clock: Mutex<Option<(Timestamp, Instant)>>,
+    /// Whether its answers say that it is a MinIO.
+    minio: AtomicBool,
 }
 
 impl S3Objects {
@@ -62,7 +65,15 @@ impl S3Objects {
         // Retries are ours, so that the pace hears of every refusal.
         let client = S3Catalog::with_retries(url, settings, 0)?;
         let http = http_client(settings)?;
-        Ok(S3Objects { client, http, endpoint, region, pace: Pace::new(IN_FLIGHT), clock: Mutex::new(None) })
+        Ok(S3Objects {
+            client,
+            http,
+            endpoint,
+            region,
+            pace: Pace::new(IN_FLIGHT),
+            clock: Mutex::new(None),
+            minio: AtomicBool::new(false),
+        })
     }
 
     /// Repeats `once` while the server is in trouble.
@@ -119,6 +130,9 @@ impl S3Objects {
             let (head, bytes) = sent.map_err(|e| self.client.no_answer(what, &e))?;
             if let Some(date) = head.headers.get("date").and_then(|v| v.to_str().ok()) {
                 self.tell_time(date);
+            }
+            if head.headers.get("server").is_some_and(|name| name == "MinIO") {
+                self.minio.store(true, Ordering::Relaxed);
             }
             let text = std::str::from_utf8(&bytes).map_err(|_| no_sense(what))?;
             if head.status.is_success() && !text.contains("<Error>") {
@@ -190,7 +204,8 @@ fn no_sense(what: &str) -> Error {
 }
 
 impl S3Objects {
-    fn list(&self, below: &str, folders: bool, next: Option<&str>) -> Result<Page> {
+    /// One page of what is below; `after` begins behind that key, and only the first page needs it.
+    fn list(&self, below: &str, folders: bool, next: Option<&str>, after: Option<&str>) -> Result<Page> {
         let what = "list";
         let prefix = self.client.full_key(below);
         let mut query = Vec::new();
@@ -203,6 +218,7 @@ impl S3Objects {
             ("max-keys", "1000"),
             ("prefix", &prefix),
         ]);
+        query.extend(after.map(|key| ("start-after", key)));
         let text = self.ask(what, &query)?;
         let mut page = Page::default();
         for object in elements(&text, "Contents") {
@@ -236,7 +252,16 @@ impl S3Objects {
 
 impl Objects for S3Objects {
     fn page(&self, below: &Below, folders: bool, next: Option<&str>) -> Result<Page> {
-        self.list(below.as_str(), folders, next)
+        self.list(below.as_str(), folders, next, None)
+    }
+
+    fn page_from(&self, below: &Below, key: &str) -> Result<Page> {
+        // S3 begins behind a key, which need not be there: its own beginning is before it, and after most others.
+        let mut after = self.client.full_key(key);
+        if !key.starts_with(below.as_str()) || after.pop().is_none() {
+            return self.page(below, false, None);
+        }
+        self.list(below.as_str(), false, None, Some(&after))
     }
 
     fn delete(&self, volume: &VolumeId, keys: &[String]) -> Result<Vec<(String, Error)>> {
@@ -281,13 +306,16 @@ impl Objects for S3Objects {
     fn uploads(&self, volume: &VolumeId) -> Result<Vec<Upload>> {
         let what = "list unfinished uploads";
         let prefix = self.client.full_key(Below::volume(volume).as_str());
+        // MinIO takes the prefix for the whole key of one object, and answers that there is nothing. Without one it tells
+        // all uploads of the bucket that it has seen begin. (An answer to something came before this.)
+        let asked = if self.minio.load(Ordering::Relaxed) { "" } else { prefix.as_str() };
         let (mut uploads, mut marker) = (Vec::new(), None::<(String, String)>);
         loop {
             let mut query = vec![("encoding-type", "url")];
             if let Some((key, _)) = &marker {
                 query.push(("key-marker", key));
             }
-            query.extend([("max-uploads", "1000"), ("prefix", prefix.as_str())]);
+            query.extend([("max-uploads", "1000"), ("prefix", asked)]);
             if let Some((_, id)) = &marker {
                 query.push(("upload-id-marker", id));
             }
@@ -345,7 +373,7 @@ impl Objects for S3Objects {
         // By a listing, since that has the server's time and an answer of its own for "none". The key may be the
         // beginning of others, but comes before them.
         let key = super::key(volume);
-        let page = self.list(&key, false, None)?;
+        let page = self.list(&key, false, None, None)?;
         Ok(page.objects.into_iter().find(|o| o.key == key).map(|o| o.modified))
     }
 

@@ -334,6 +334,16 @@ impl S3Catalog {
     }
 }
 
+impl S3Catalog {
+    /// Whether there is any object whose key begins with `prefix`.
+    fn holds_any(&self, prefix: &str) -> Result<bool> {
+        let options = PaginatedListOptions { max_keys: Some(1), ..Default::default() };
+        let page = self.exchange("list", self.store.list_paginated(Some(prefix), options))?;
+        // A page may be empty and not the last.
+        Ok(!page.result.objects.is_empty() || page.page_token.is_some())
+    }
+}
+
 fn client_options(allow_http: bool) -> ClientOptions {
     ClientOptions::new()
         .with_allow_http(allow_http)
@@ -405,6 +415,11 @@ impl Catalog for S3Catalog {
             names.extend(page);
             token = next;
             if token.is_none() {
+                // In a bucket with versions MinIO lists the folders of what was deleted, too.
+                let folders_only = names.iter().all(|name| name.ends_with('/'));
+                if !names.is_empty() && folders_only && !self.holds_any(&prefix).map_err(|e| e.on(id))? {
+                    return Ok(DataPrefix::Empty);
+                }
                 return Ok(super::judge(names.iter().map(String::as_str)));
             }
         }

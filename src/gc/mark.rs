@@ -1,5 +1,7 @@
 //! Marks, and taking them away.
 
+use std::sync::Mutex;
+
 use super::Collector;
 use super::evidence::Recorded;
 use super::plan::Plan;
@@ -22,11 +24,12 @@ pub struct Marked {
 impl Collector<'_> {
     /// Marks what the plan of this scan says.
     pub fn mark(&self, scan: &Scan, plan: &Plan) -> Result<Marked> {
-        let mut done = self.unmark(scan, plan)?;
-        for line in &plan.lines {
+        let done = Mutex::new(self.unmark(scan, plan)?);
+        let lock = || done.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        super::in_parallel(self.options.workers, plan.lines.iter().collect(), |line| {
             self.check_interrupted()?;
-            let Some(seen) = scan.volumes.iter().find(|s| s.volume == line.volume) else { continue };
-            let Some((record, tag)) = seen.usable() else { continue };
+            let Some(seen) = scan.seen(&line.volume) else { return Ok(()) };
+            let Some((record, tag)) = seen.usable() else { return Ok(()) };
             let by = if self.options.named.contains(&line.volume) { MarkedBy::Name } else { MarkedBy::Scan };
             let tombstone = Tombstone {
                 at: self.now()?,
@@ -38,11 +41,15 @@ impl Collector<'_> {
             };
             // On what was seen: whatever happened since is another write, and then this one loses.
             match self.catalog.update(&record.marked(tombstone)?, tag)? {
-                Written::Done(_) => done.marked.push(line.volume.clone()),
-                Written::LostRace => done.changed.push(line.volume.clone()),
+                Written::Done(_) => lock().marked.push(line.volume.clone()),
+                Written::LostRace => lock().changed.push(line.volume.clone()),
             }
             self.watch.volume(&line.volume);
-        }
+            Ok(())
+        })?;
+        let mut done = done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        done.marked.sort();
+        done.changed.sort();
         Ok(done)
     }
 
@@ -50,7 +57,7 @@ impl Collector<'_> {
     pub(super) fn unmark(&self, scan: &Scan, plan: &Plan) -> Result<Marked> {
         let mut done = Marked::default();
         for (volume, why) in &plan.unmark {
-            let Some(seen) = scan.volumes.iter().find(|s| s.volume == *volume) else { continue };
+            let Some(seen) = scan.seen(volume) else { continue };
             let (Recorded::Yes(record, _), Some(tag)) = (&seen.record, &seen.tag) else { continue };
             match self.catalog.update(&record.unmarked(), tag)? {
                 Written::Done(_) => done.unmarked.push((volume.clone(), why.clone())),

@@ -193,7 +193,7 @@ impl Collector<'_> {
 
     /// The cluster on whose word alone the volume is an orphan, when it is a cluster that knows of no volume at all.
     fn silent_evidence(&self, scan: &Scan, volume: &VolumeId) -> Option<String> {
-        let seen = scan.volumes.iter().find(|s| s.volume == *volume)?;
+        let seen = scan.seen(volume)?;
         let (record, _) = seen.usable()?;
         let said =
             self.options.named.contains(volume) || record.mark().is_some_and(|m| m.by != MarkedBy::Scan);

@@ -65,6 +65,12 @@ impl Scan {
         self.volumes.iter().filter(|v| v.record != Recorded::No).count()
     }
 
+    /// What is known of a volume.
+    pub fn seen(&self, volume: &VolumeId) -> Option<&Seen> {
+        let at = self.volumes.binary_search_by(|seen| seen.volume.cmp(volume)).ok()?;
+        self.volumes.get(at)
+    }
+
     /// How many have this verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.volumes.iter().filter(|v| v.judgement.verdict == verdict).count()
@@ -101,8 +107,13 @@ impl Collector<'_> {
                 .hint("see what there is: zerofsctl gc-s3 scan"));
         }
         let facts = self.measure_all(all.iter().filter(|v| found.contains(*v)).cloned().collect())?;
+        // In a bucket with versions MinIO lists the folders of what was deleted, too: nobody's, and nothing.
+        let nothing = |v: &VolumeId| {
+            !records.contains_key(v) && facts.get(v).is_some_and(|facts| facts.objects == Some(0))
+        };
         let volumes = all
             .into_iter()
+            .filter(|volume| !nothing(volume))
             .map(|volume| {
                 let (record, tag) = records.get(&volume).cloned().unwrap_or((Recorded::No, None));
                 let facts = facts.get(&volume).cloned().unwrap_or(Facts::EMPTY);

@@ -6,7 +6,7 @@ use std::sync::mpsc::sync_channel;
 use jiff::{SignedDuration, Timestamp};
 
 use super::evidence::Recorded;
-use super::measure::glance;
+use super::measure::glance_since;
 use super::plan::{Line, Plan};
 use super::scan::Scan;
 use super::verdict::Verdict;
@@ -126,11 +126,12 @@ impl Collector<'_> {
             return Ok(Err("it was attached, restored or marked anew in between".into()));
         };
         let marked_at = mark.at;
+        let manifest = mark.manifest.clone();
         let mut references = Vec::new();
         for witness in self.witnesses {
             references.extend(witness.refers(volume).map_err(|e| e.context(witness.name()))?);
         }
-        let facts = glance(self.objects, volume, self.watch)?;
+        let facts = glance_since(self.objects, volume, manifest.as_deref(), self.watch)?;
         let now = self.now()?;
         let recorded = Recorded::Yes(Box::new(record.clone()), marked_at);
         let judgement = self.judge(volume, &recorded, &references, &scan.asked, &facts, now);

@@ -46,6 +46,22 @@ pub fn unsigned(
     send(server, &format!("{method} {path} HTTP/1.0"), body, limit)
 }
 
+/// The same with headers of one's own, such as a signature; each line ends with CR LF.
+///
+/// # Errors
+/// As for [`request`].
+pub fn signed(
+    server: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+    limit: Duration,
+) -> io::Result<Answer> {
+    let head = format!("{method} {path} HTTP/1.0\r\n{headers}");
+    send(server, head.trim_end(), body, limit)
+}
+
 fn send(server: SocketAddr, head: &str, body: &[u8], limit: Duration) -> io::Result<Answer> {
     let mut stream = TcpStream::connect_timeout(&server, limit)?;
     stream.set_read_timeout(Some(limit))?;
