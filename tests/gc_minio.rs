@@ -120,8 +120,10 @@ fn a_bucket_with_versions_is_told_and_a_volume_goes_from_its_listing() {
     lab.volume("vol2", 30);
     lab.settle();
     let options = DeleteOptions { quiet: SignedDuration::ZERO, ..DeleteOptions::default() };
-    let delete =
-        |name| gc::delete_volume(lab.records.as_ref(), lab.objects.as_ref(), &id(name), &options).unwrap();
+    let delete = |name| {
+        gc::delete_volume(lab.records.as_ref(), lab.objects.as_ref(), &id(name), &options, &gc::Unwatched)
+            .unwrap()
+    };
     assert_eq!(delete("vol1"), Deletion::Gone { objects: 30, bytes: 90 });
     // MinIO still lists its folders, when it is asked for folders.
     let folders = lab.minio.ask("GET", "/vols?list-type=2&prefix=csi%2F&delimiter=%2F", &[], b"");
