@@ -108,6 +108,11 @@ pub(super) fn disconnect(
         && let Some(index) = sysfs::index_of(&device.path)
     {
         nbd::disconnect_and_wait(index, LET_GO)?;
+    } else if let Some(index) = record.index
+        && sysfs::one(index)?.is_some_and(|d| !d.connected)
+    {
+        // The kernel took it away by itself. Nobody has the index now, and whoever gets it must not get our settings.
+        sysfs::give_back_queue(index)?;
     }
     let path = run.join(RECORD);
     match std::fs::remove_file(&path) {

@@ -407,7 +407,8 @@ impl Drop for Mounted {
     }
 }
 
-/// The connected devices at one moment: index, and backend identifier.
+/// The connected devices at one moment: index, and backend identifier. Whoever gets one of the others next must find its
+/// queue as the kernel made it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Baseline(BTreeMap<u32, Option<String>>);
 
@@ -431,6 +432,10 @@ impl Baseline {
         loop {
             let now = Baseline::take();
             if now == *self {
+                for device in sysfs::all().expect("sysfs can be read").iter().filter(|d| !d.connected) {
+                    let queue = sysfs::queue(device.index).expect("sysfs can be read");
+                    assert_eq!(queue.io_timeout_ms, Some(30_000), "nbd{} has {queue:?}", device.index);
+                }
                 return;
             }
             assert!(

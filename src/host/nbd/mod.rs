@@ -154,7 +154,12 @@ fn module_in(dir: &Path) -> bool {
 /// still holds it open, and it goes when they close it.
 pub fn disconnect_and_wait(index: u32, limit: Duration) -> Result<()> {
     let begun = Instant::now();
-    if sysfs::one(index)?.is_none_or(|d| !d.connected) {
+    let Some(device) = sysfs::one(index)? else { return Ok(()) };
+    // First, since it could be somebody else's right after the disconnect.
+    if let Err(e) = sysfs::give_back_queue(index) {
+        tracing::warn!("/dev/nbd{index}: {}", e.message());
+    }
+    if !device.connected {
         return Ok(());
     }
     // On a thread: the call itself waits for the kernel's receivers, and there is no way to end it.

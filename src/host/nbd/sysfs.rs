@@ -115,6 +115,10 @@ fn text(path: &Path) -> Result<Option<String>> {
     }
 }
 
+/// What the kernel gives a new device.
+const IO_TIMEOUT_MS: u64 = 30_000;
+const READ_AHEAD_KIB: u64 = 128;
+
 /// Settings of a device's queue; what is none stays as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Queue {
@@ -124,7 +128,8 @@ pub struct Queue {
     pub read_ahead_kib: Option<u64>,
     /// The largest request, in KiB; at most what the kernel allows for the device.
     pub max_request_kib: Option<u64>,
-    /// After how long the driver looks after a request without an answer, in milliseconds. A connect sets it to 30 s.
+    /// After how long the driver looks after a request without an answer, in milliseconds. A connect that names a time-out
+    /// of 0 sets it to 30 s; one that names none, such as nbd-client's, leaves what the index had before.
     ///
     /// With one socket and no I/O time-out, looking after means: sent again if the socket was replaced, else a line in
     /// the kernel's log. With several sockets, the socket is **given up** and the request sent on another one.
@@ -139,6 +144,23 @@ pub fn queue(index: u32) -> Result<Queue> {
 /// Sets the queue of a device.
 pub fn set_queue(index: u32, queue: &Queue) -> Result<()> {
     set_queue_in(Path::new(BLOCK), index, queue)
+}
+
+/// Sets the queue of a device that is about to be free, or is free, back to what the kernel made: the index keeps its
+/// settings, and a short look-after time would make the kernel give up the sockets of whoever gets it next.
+pub fn give_back_queue(index: u32) -> Result<()> {
+    let is = queue(index)?;
+    if is.io_timeout_ms.is_none_or(|ms| ms == IO_TIMEOUT_MS) {
+        return Ok(());
+    }
+    set_queue(
+        index,
+        &Queue {
+            io_timeout_ms: Some(IO_TIMEOUT_MS),
+            read_ahead_kib: is.read_ahead_kib.map(|_| READ_AHEAD_KIB),
+            ..Queue::default()
+        },
+    )
 }
 
 fn queue_in(block: &Path, index: u32) -> Result<Queue> {

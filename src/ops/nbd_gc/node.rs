@@ -146,6 +146,9 @@ impl World for Node {
         let id =
             |survey: Option<sysfs::NbdDevice>| survey.filter(|d| d.connected).map(|d| (d.pid, d.backend));
         let before = id(sysfs::one(index)?);
+        if let Err(e) = sysfs::give_back_queue(index) {
+            tracing::warn!("/dev/nbd{index}: {}", e.message());
+        }
         let (tell, told) = mpsc::sync_channel(1);
         std::thread::Builder::new()
             .name("disconnect".into())
