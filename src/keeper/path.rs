@@ -1212,10 +1212,10 @@ impl Receiver {
             }
         };
         let buffer = &mut self.buffers[i];
-        // What comes after a large reply is left for the next time, since it would have to be moved then.
         if buffer.piped.is_some() {
             return Self::receive_piped(shared, conn, buffer, deadline);
         }
+        // What comes after a large reply is left for the next time, since it would have to be moved then.
         let end = match buffer.need {
             0 if buffer.large => buffer.filled + AHEAD,
             need if need > RECEIVE => buffer.bytes.len().min(need + SimpleReply::LEN),

@@ -147,6 +147,13 @@ fn module_in(dir: &Path) -> bool {
     })
 }
 
+/// [`sysfs::give_back_queue`] before a disconnect, which must not fail for want of it.
+pub fn give_back_queue(index: u32) {
+    if let Err(e) = sysfs::give_back_queue(index) {
+        tracing::warn!("/dev/nbd{index}: {}", e.message());
+    }
+}
+
 /// Disconnects a device and waits up to `limit` until the kernel has let go: no pid, no backend, no size. Nothing to
 /// do when it is not connected.
 ///
@@ -156,9 +163,7 @@ pub fn disconnect_and_wait(index: u32, limit: Duration) -> Result<()> {
     let begun = Instant::now();
     let Some(device) = sysfs::one(index)? else { return Ok(()) };
     // First, since it could be somebody else's right after the disconnect.
-    if let Err(e) = sysfs::give_back_queue(index) {
-        tracing::warn!("/dev/nbd{index}: {}", e.message());
-    }
+    give_back_queue(index);
     if !device.connected {
         return Ok(());
     }

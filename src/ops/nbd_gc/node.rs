@@ -13,7 +13,7 @@ use crate::error::{Doing, Error, Kind, Result};
 use crate::host::loopdev::open_exclusively;
 use crate::host::nbd::owners::RunDir;
 use crate::host::nbd::survey::{self, Roots, Scope, Survey};
-use crate::host::nbd::{marks, netlink, sysfs};
+use crate::host::nbd::{give_back_queue, marks, netlink, sysfs};
 use crate::journal::{Held, volume_folder};
 use crate::keeper::log::{self, ReplayLog};
 use crate::values::VolumeId;
@@ -146,9 +146,7 @@ impl World for Node {
         let id =
             |survey: Option<sysfs::NbdDevice>| survey.filter(|d| d.connected).map(|d| (d.pid, d.backend));
         let before = id(sysfs::one(index)?);
-        if let Err(e) = sysfs::give_back_queue(index) {
-            tracing::warn!("/dev/nbd{index}: {}", e.message());
-        }
+        give_back_queue(index);
         let (tell, told) = mpsc::sync_channel(1);
         std::thread::Builder::new()
             .name("disconnect".into())
