@@ -28,7 +28,7 @@ use crate::{Scale, against_least, head, median, row, say};
 const LIMIT: Duration = Duration::from_secs(120);
 /// How many connections nbd-client and the direct path have.
 const CONNECTIONS: usize = 4;
-/// The part of the device that the jobs read and write; written once before, so that reads find data.
+/// The part of the device that the jobs read and write; written before, so that reads find data.
 const SPAN: &str = "256m";
 const JOBS: [(&str, &str); 4] = [("4k", "randread"), ("4k", "randwrite"), ("1m", "read"), ("1m", "write")];
 
@@ -57,34 +57,36 @@ struct Figures {
 /// Both servers, two tables each.
 pub fn compare(scale: &Scale) {
     require_nbd();
-    let memory = TestDir::new();
-    let server = Memory::serve(memory.path());
-    on_one(scale, "nbdkit memory", memory.path(), false);
-    drop(server);
-    let zerofs = TestDir::new();
-    let floor = Floor::new(zerofs.path(), 1 << 30);
-    let server = floor.start_server();
-    floor.ensure_disk();
-    on_one(scale, "ZeroFS, local store", zerofs.path(), true);
-    drop(server);
+    on_one(scale, "nbdkit memory", false, Memory::serve);
+    on_one(scale, "ZeroFS, local store", true, |dir| {
+        let floor = Floor::new(dir, 1 << 30);
+        let server = floor.start_server();
+        floor.ensure_disk();
+        server
+    });
 }
 
-fn on_one(scale: &Scale, server: &str, dir: &Path, zeros_when_closed: bool) {
+/// Every way of every turn has a server of its own, with nothing in it: one that has been written to for an hour would be
+/// slower for whoever comes last, and its store larger than the machine's memory.
+fn on_one<S>(scale: &Scale, server: &str, zeros_when_closed: bool, serve: impl Fn(&Path) -> S) {
     let mut figures = vec![Figures::default(); Way::ALL.len()];
     for turn in 0..scale.rounds {
         // Everybody is once the first after somebody else.
         for n in 0..Way::ALL.len() {
             let n = (n + turn) % Way::ALL.len();
             say(format!("{server}, turn {} of {}, {:?}", turn + 1, scale.rounds, Way::ALL[n]));
+            let dir = TestDir::new();
+            let dir = dir.path();
+            let served = serve(dir);
             let attached = Attached::new(Way::ALL[n], dir, zeros_when_closed);
-            if turn == 0 && figures.iter().all(|f| f.iops[0].is_empty()) {
-                fill(dir, &attached.device());
-            }
+            fill(dir, &attached.device());
             for (i, job) in JOBS.iter().enumerate() {
                 let (iops, cpu) = measure(scale, dir, &attached.device(), job);
                 figures[n].iops[i].push(iops);
                 figures[n].cpu[i].push(cpu);
             }
+            drop(attached);
+            drop(served);
         }
     }
     println!(
