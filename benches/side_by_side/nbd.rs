@@ -11,19 +11,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
+use zerofsctl::host::nbd::sysfs::Queue;
 use zerofsctl::host::nbd::{self, netlink, sysfs};
 use zerofsctl::keeper::control::NbdPath;
 use zerofsctl::keeper::device::{GUARDED_SOCKETS, direct_socket, queue, server_flags, sockets_of};
 use zerofsctl::keeper::path::DataPath;
 use zerofsctl::zerofs::nbd::{Command, RequestHeader, SimpleReply, TransmissionFlags};
 
+use crate::command::Zerofsctl;
 use crate::floor::{Floor, run};
 use crate::support::dir::TestDir;
 use crate::support::fio::FioJob;
 use crate::support::vm::{free_index, require_nbd};
 use crate::support::wait_until;
 use crate::transport::{Keeper, Memory, data_path};
-use crate::{Scale, against_least, head, median, row, say};
+use crate::{Scale, against_least, against_most, head, median, row, say};
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// How many connections nbd-client and the direct path have.
@@ -64,6 +66,85 @@ pub fn compare(scale: &Scale) {
         floor.ensure_disk();
         server
     });
+    queues(scale);
+    list(scale);
+}
+
+/// What each of our queue settings is worth: the direct path with all of them, and with one as the kernel has it.
+fn queues(scale: &Scale) {
+    const JOBS: [(&str, &str, bool); 4] =
+        [("4k", "randread", true), ("4k", "randwrite", true), ("1m", "read", true), ("1m", "read", false)];
+    let dir = TestDir::new();
+    let server = Memory::serve(dir.path());
+    let kernels = sysfs::queue(free_index()).expect("a queue can be read");
+    let ours = queue(NbdPath::Direct);
+    let queues = [
+        ("all as we set them".to_owned(), ours.clone()),
+        (
+            format!("scheduler {}", kernels.scheduler.as_deref().unwrap_or("of the kernel")),
+            Queue { scheduler: kernels.scheduler.clone(), ..ours.clone() },
+        ),
+        (
+            format!("read-ahead {} KiB", kernels.read_ahead_kib.unwrap_or(128)),
+            Queue { read_ahead_kib: kernels.read_ahead_kib, ..ours.clone() },
+        ),
+        ("largest request 128 KiB".to_owned(), Queue { max_request_kib: Some(128), ..ours.clone() }),
+        ("largest request 512 KiB".to_owned(), Queue { max_request_kib: Some(512), ..ours }),
+    ];
+    let mut iops = vec![[const { Vec::new() }; JOBS.len()]; queues.len()];
+    for turn in 0..scale.rounds {
+        for n in (0..queues.len()).map(|n| (n + turn) % queues.len()) {
+            say(format!("queue settings, turn {} of {}: {}", turn + 1, scale.rounds, queues[n].0));
+            let attached = Attached::new(Way::Direct, dir.path(), false);
+            let Attached::Kernel { index, .. } = attached else {
+                unreachable!("the direct path is the kernel's")
+            };
+            sysfs::set_queue(index, &queues[n].1).expect("a queue can be set");
+            if turn == 0 {
+                fill(dir.path(), &attached.device());
+            }
+            for (i, (size, pattern, direct)) in JOBS.iter().enumerate() {
+                iops[n][i].push(fio(scale, dir.path(), &attached.device(), size, pattern, *direct));
+            }
+        }
+    }
+    println!(
+        "### Queue settings: the direct path to nbdkit memory, of what all of ours give; medians of {} turns each\n",
+        scale.rounds
+    );
+    head(&["setting", "randread 4k", "randwrite 4k", "read 1m", "buffered read 1m"]);
+    for (n, (name, _)) in queues.iter().enumerate() {
+        let ratio = |i: usize| {
+            let turns: Vec<f64> = iops[n][i].iter().zip(&iops[0][i]).map(|(a, b)| a / b).collect();
+            median(&turns)
+        };
+        let cells = (0..JOBS.len()).map(|i| match n {
+            0 => format!("{:.0}/s", median(&iops[0][i])),
+            _ => format!("{:.3}", ratio(i)),
+        });
+        row([name.clone()].into_iter().chain(cells));
+    }
+    println!();
+    drop(server);
+}
+
+/// How long `nbd list` takes with all the devices that a kernel has by our advice.
+fn list(scale: &Scale) {
+    const DEVICES: usize = 64;
+    say(format!("nbd list with {DEVICES} devices"));
+    let dir = TestDir::new();
+    let server = Memory::serve(dir.path());
+    let devices: Vec<_> = (0..DEVICES).map(|_| Attached::new(Way::Direct, dir.path(), false)).collect();
+    let zerofsctl = Zerofsctl::new(&dir.join("z"));
+    let times: Vec<_> = (0..scale.rounds.max(30)).map(|_| zerofsctl.time(&["nbd", "list"])).collect();
+    drop(devices);
+    drop(server);
+    head(&["what", "measured"]);
+    row([
+        format!("`nbd list` with {DEVICES} devices of {CONNECTIONS} sockets, median of {}, ms", times.len()),
+        against_most(median(&times).as_secs_f64() * 1000.0, 20.0),
+    ]);
+    println!();
 }
 
 /// Every way of every turn has a server of its own, with nothing in it: one that has been written to for an hour would be
@@ -139,22 +220,27 @@ fn fill(dir: &Path, device: &Path) {
 /// Requests per second, and microseconds of this process per request.
 fn measure(scale: &Scale, dir: &Path, device: &Path, (size, pattern): &(&str, &str)) -> (f64, f64) {
     let before = own_ticks();
-    let report = FioJob::new(dir, pattern)
-        .set("filename", device.display())
-        .set("ioengine", "libaio")
-        .set("direct", 1)
-        .set("iodepth", if *size == "4k" { 32 } else { scale.depth })
-        .set("size", SPAN)
-        .set("rw", pattern)
-        .set("bs", size)
-        .set("time_based", 1)
-        .set("runtime", scale.seconds)
-        .set("randrepeat", 0)
-        .run(LIMIT + Duration::from_secs(scale.seconds));
-    report.assert_clean();
+    let iops = fio(scale, dir, device, size, pattern, true);
     let micros = (own_ticks() - before) as f64 * 10_000.0;
-    let ios = report.reads.ios + report.writes.ios;
-    (report.reads.iops + report.writes.iops, micros / ios as f64)
+    (iops, micros / (iops * scale.seconds as f64))
+}
+
+/// Requests per second. What is not direct goes once through the page cache, which fio empties first.
+fn fio(scale: &Scale, dir: &Path, device: &Path, size: &str, pattern: &str, direct: bool) -> f64 {
+    let mut job = FioJob::new(dir, pattern).set("filename", device.display()).set("size", SPAN);
+    job = job.set("rw", pattern).set("bs", size).set("randrepeat", 0);
+    job = match direct {
+        true => job
+            .set("direct", 1)
+            .set("ioengine", "libaio")
+            .set("iodepth", if size == "4k" { 32 } else { scale.depth })
+            .set("time_based", 1)
+            .set("runtime", scale.seconds),
+        false => job.set("ioengine", "psync"),
+    };
+    let report = job.run(LIMIT + Duration::from_secs(scale.seconds));
+    report.assert_clean();
+    report.reads.iops + report.writes.iops
 }
 
 /// What this process has used of the processor, in hundredths of a second: utime and stime.

@@ -134,11 +134,12 @@ impl S3Objects {
             if head.headers.get("server").is_some_and(|name| name == "MinIO") {
                 self.minio.store(true, Ordering::Relaxed);
             }
-            let text = std::str::from_utf8(&bytes).map_err(|_| no_sense(what))?;
+            // Nobody else has these bytes, so they are not copied.
+            let text = String::from_utf8(bytes.into()).map_err(|_| no_sense(what))?;
             if head.status.is_success() && !text.contains("<Error>") {
-                return Ok(text.to_owned());
+                return Ok(text);
             }
-            match self.client.refused::<()>(what, head.status.as_u16(), text) {
+            match self.client.refused::<()>(what, head.status.as_u16(), &text) {
                 Err(e) => Err(e),
                 // A bucket is there or it is not; a listing has no key that could be missing.
                 Ok(_) => Err(no_sense(what)),

@@ -10,7 +10,7 @@ use crate::host::linux::Dirs;
 use crate::host::{Observe, StopOptions, device, loopdev};
 use crate::journal::{self, Journal, Standing, place};
 use crate::ops::{self, Scope};
-use crate::report::Report;
+use crate::report::{Report, counted};
 use crate::values::{TargetPath, VolumeId};
 
 /// Unmount a volume, take its device away, and stop its ZeroFS
@@ -157,8 +157,7 @@ fn all(args: &DetachArgs, context: &Context, dirs: &Dirs, stop: StopOptions) -> 
     }
     let summary = match (rows.len(), failed) {
         (0, _) => "nothing is attached on this node".to_owned(),
-        (1, 0) => format!("1 volume {word}"),
-        (n, 0) => format!("{n} volumes {word}"),
+        (n, 0) => format!("{} {word}", counted(n, "volume")),
         (n, f) => format!("{f} of {n} volumes failed"),
     };
     let exit = match (failed, done.len()) {

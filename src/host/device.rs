@@ -112,7 +112,7 @@ pub(super) fn disconnect(
         && sysfs::one(index)?.is_some_and(|d| !d.connected)
     {
         // The kernel took it away by itself. Nobody has the index now, and whoever gets it must not get our settings.
-        sysfs::give_back_queue(index)?;
+        nbd::give_back_queue(index);
     }
     let path = run.join(RECORD);
     match std::fs::remove_file(&path) {

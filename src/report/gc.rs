@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use super::Report;
+use super::{Report, counted};
 use crate::catalog::{DataPrefix, MarkedBy, State, StorageUrl, VolumeRecord};
 use crate::gc::evidence::Recorded;
 use crate::gc::verdict::ago;
@@ -85,7 +85,12 @@ pub fn scan(scan: &Scan) -> Report {
     if !orphans.is_empty() {
         let objects: u64 = orphans.iter().filter_map(|s| s.facts.objects).sum();
         let bytes: u64 = orphans.iter().map(|s| s.facts.bytes).sum();
-        notes.push(format!("{} orphans hold {objects} objects, {}", orphans.len(), size(bytes)));
+        notes.push(format!(
+            "{}: {}, {}",
+            counted(orphans.len(), "orphan"),
+            counted(objects, "object"),
+            size(bytes)
+        ));
     }
     notes.extend(versions_note(scan.keeps_versions));
     if !scan.strange.is_empty() {
@@ -98,7 +103,7 @@ pub fn scan(scan: &Scan) -> Report {
         json!({"storage_url": scan.url, "at": scan.now, "counts": counts, "volumes": data,
             "asked": scan.asked, "strange": scan.strange, "keeps_versions": scan.keeps_versions}),
     )
-    .summary(format!("{}: {} volumes: {}", scan.url, scan.volumes.len(), words.join(", ")))
+    .summary(format!("{}: {}: {}", scan.url, counted(scan.volumes.len(), "volume"), words.join(", ")))
     .names(scan.volumes.iter().map(|s| s.volume.to_string()))
     .notes(notes);
     if scan.volumes.is_empty() {
@@ -144,10 +149,10 @@ pub fn plan(verb: &'static str, plan: &Plan, how: &str) -> Report {
     let kind = if verb == "mark" { "gc-mark" } else { "gc-sweep" };
     let report = Report::new(kind, json!({"dry_run": true, "plan": plan}))
         .summary(format!(
-            "{verb} {} volumes of {}, {} objects, {}: {how}",
-            plan.lines.len(),
+            "{verb} {} of {}, {}, {}: {how}",
+            counted(plan.lines.len(), "volume"),
             plan.url,
-            plan.objects(),
+            counted(plan.objects(), "object"),
             size(plan.bytes())
         ))
         .names(plan.lines.iter().map(|l| l.volume.to_string()))
@@ -179,7 +184,7 @@ pub fn marked(plan: &Plan, done: &Marked) -> Report {
         "gc-mark",
         json!({"storage_url": plan.url, "marked": done.marked, "unmarked": done.unmarked, "changed": done.changed}),
     )
-    .summary(format!("{} volumes of {} marked", done.marked.len(), plan.url))
+    .summary(format!("{} of {} marked", counted(done.marked.len(), "volume"), plan.url))
     .names(done.marked.iter().map(ToString::to_string))
     .notes(done.unmarked.iter().map(|(v, why)| format!("{v} lost its mark: {why}")))
     .notes(done.changed.iter().map(|v| format!("{v} was changed meanwhile, and left alone")));
@@ -244,7 +249,13 @@ pub fn swept(plan: &Plan, done: &Swept, keeps_versions: Option<bool>) -> Report 
         json!({"storage_url": plan.url, "volumes": data, "objects": objects, "bytes": bytes, "unmarked": done.unmarked,
             "waiting": plan.waiting, "interrupted": done.interrupted}),
     )
-    .summary(format!("{gone} volumes deleted from {}, {objects} objects, {}", plan.url, size(bytes)))
+    .summary(format!(
+        "{} deleted from {}, {}, {}",
+        counted(gone, "volume"),
+        plan.url,
+        counted(objects, "object"),
+        size(bytes)
+    ))
     .names(done.volumes.iter().map(|(v, _)| v.to_string()))
     .notes(notes)
     .exit(exit);

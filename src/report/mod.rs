@@ -36,6 +36,12 @@ pub enum Format {
     Name,
 }
 
+/// A count with its noun: `1 volume`, `2 volumes`.
+pub fn counted<N: std::fmt::Display + PartialEq + From<u8>>(n: N, noun: &str) -> String {
+    let s = if n == N::from(1) { "" } else { "s" };
+    format!("{n} {noun}{s}")
+}
+
 /// A command's answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {

@@ -3,7 +3,7 @@
 use jiff::{RoundMode, SpanRound, Timestamp, Unit};
 use serde_json::json;
 
-use super::Report;
+use super::{Report, counted};
 use crate::host::nbd::capacity::MORE_DEVICES;
 use crate::host::nbd::survey::{Device, Survey};
 use crate::host::nbd::verdict::{Proof, Verdict};
@@ -177,7 +177,7 @@ pub fn gc(items: &[Item], spec: GcSpec, done: bool) -> Report {
         count(|f| *f == Fate::Disconnected),
         count(|f| matches!(f, Fate::Failed(_))),
     );
-    let devices = |n: usize| if n == 1 { "1 device".to_owned() } else { format!("{n} devices") };
+    let devices = |n: usize| counted(n, "device");
     let summary = match (done, would, gone, failed) {
         (false, 0, ..) => "nothing to collect".to_owned(),
         (false, n, ..) => format!("{} would be disconnected; nothing was changed", devices(n)),

@@ -248,6 +248,7 @@ pub fn matrix(case: &Case, extent: &Extent) {
     let points: Vec<_> = instants.enumerate().filter(|(n, _)| (n + 1) % every == 0).collect();
     let variants = if is_long() && extent.product { VICTIMS.len() * FOLLOW_UPS.len() } else { 1 };
     let rounds: Vec<_> = points.iter().flat_map(|point| (0..variants).map(move |v| (point, v))).collect();
+    println!("{}: {} steps, {} kills to come", case.name(), steps.len(), rounds.len());
     side_by_side(
         &rounds,
         || Scene::new(case),
@@ -259,7 +260,7 @@ pub fn matrix(case: &Case, extent: &Extent) {
         },
     );
     devices.assert_back();
-    println!("{}: {} steps, {} kills, {:.0?}", case.name(), steps.len(), rounds.len(), began.elapsed());
+    println!("{}: {} kills, {:.0?}", case.name(), rounds.len(), began.elapsed());
 }
 
 fn one(scene: &mut Scene<'_>, step: &str, instant: &str, victim: Victim, follow_up: FollowUp) {

@@ -10,7 +10,7 @@ use crate::cli::{Context, StorageArgs};
 use crate::error::{Error, Kind, Result};
 use crate::gc::{Options, Plan};
 use crate::report::gc_metrics::{RunMetrics, Told};
-use crate::report::{Format, Report, gc};
+use crate::report::{Format, Report, counted, gc};
 use crate::values::ByteSize;
 
 /// Delete the volumes that were marked long enough ago and are still orphans
@@ -117,9 +117,9 @@ fn confirm(plan: &Plan) -> Result<()> {
     let words = format!("{} {}", place(&plan.url), plan.lines.len());
     let typed: String = dialoguer::Input::new()
         .with_prompt(format!(
-            "{} volumes, {} objects, {} in {} are deleted for good. Type \"{words}\" to go on",
-            plan.lines.len(),
-            plan.objects(),
+            "{}, {}, {} in {} are deleted for good. Type \"{words}\" to go on",
+            counted(plan.lines.len(), "volume"),
+            counted(plan.objects(), "object"),
             ByteSize(plan.bytes()),
             plan.url
         ))

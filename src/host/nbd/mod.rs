@@ -147,7 +147,7 @@ fn module_in(dir: &Path) -> bool {
     })
 }
 
-/// [`sysfs::give_back_queue`] before a disconnect, which must not fail for want of it.
+/// [`sysfs::give_back_queue`] around a disconnect, which must not fail for want of it.
 pub fn give_back_queue(index: u32) {
     if let Err(e) = sysfs::give_back_queue(index) {
         tracing::warn!("/dev/nbd{index}: {}", e.message());
