@@ -18,14 +18,13 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
-use crate::host::linux::{Dirs, LinuxHost, Parts, Storage};
+use crate::host::linux::{Dirs, LinuxHost};
 use crate::host::{Life, Observe, device};
 use crate::journal;
+use crate::keeper::PID_FILE;
 use crate::keeper::process::{Identity, Process};
-use crate::keeper::{OWN_EXE, PID_FILE};
 use crate::ops::{self, take_over::TakeOver};
 use crate::run::{Engine, Silent};
-use crate::settings::{self, S3Settings, Settings, Sources};
 use crate::values::VolumeId;
 
 /// A look at everything, should an event ever be lost.
@@ -386,29 +385,9 @@ impl Settler {
         Settler { dirs, node }
     }
 
-    fn settings(&self) -> Result<Settings> {
-        let none = Sources { config: None, secrets: &[], storage_url: None, env: &|_| None };
-        settings::load(&none).map(|(settings, _)| settings)
-    }
-
     /// The host of one volume.
     pub fn host(&self, volume: &VolumeId) -> Result<LinuxHost> {
-        let storage = match LinuxHost::saved_storage(&self.dirs, volume)? {
-            Some(storage) => storage,
-            None => Storage { url: self.dirs.embedded_store()?, s3: S3Settings::default() },
-        };
-        LinuxHost::new(Parts {
-            dirs: self.dirs.clone(),
-            storage,
-            settings: self.settings()?,
-            password: None,
-            // Named by keeper.json.
-            zerofs: "zerofs".into(),
-            program: OWN_EXE.into(),
-            node: self.node.clone(),
-            only_looks: true,
-            progress: Box::new(|_, _, _| {}),
-        })
+        LinuxHost::saved(&self.dirs, &self.node, volume)
     }
 }
 

@@ -23,7 +23,8 @@ use support::cli::{Answer, Node, Victim, assert_holds, pattern, write_durably};
 use support::dir::TestDir;
 use support::vm::{Baseline, Device, KernelLog, LONG, Mounted, Nbdkit, require_nbd};
 use support::{is_long, rounds, wait_until};
-use zerofsctl::host::nbd::sysfs;
+use zerofsctl::host::nbd::{self, sysfs};
+use zerofsctl::keeper::process::Identity;
 
 const MIB: u64 = 1 << 20;
 
@@ -184,6 +185,49 @@ impl Death {
 /// A part of a time that is another one for each number, spread evenly.
 fn spread(time: Duration, n: u32) -> Duration {
     time.mul_f64(f64::from(n) * 0.618_033_988_75 % 1.0)
+}
+
+/// What a command reads waits in the kernel, and so does the command; the volume is its own, so nobody else can help.
+#[test]
+fn nbd_a_command_whose_keeper_dies_starts_the_next_one_and_goes_on() {
+    require_nbd();
+    let alone = Baseline::take();
+    let node = Node::new();
+    let m = node.target("m");
+    let attach = ["attach", "vol1", "--target", &m, "--size", "128Mi", "--fs", "ext4", "--transport", "nbd"];
+    node.ok(&attach);
+    let (file, bytes) = (Path::new(&m).join("data"), pattern(7, MIB as usize));
+    write_durably(&file, &bytes);
+    node.ok(&["detach", "vol1"]);
+    let backend = nbd::backend_id(&"vol1".parse().unwrap());
+    let mut finished = 0;
+    for n in 0..rounds(8, 40) {
+        let mut command = start(&node, &attach);
+        let connected = || !sysfs::named(&backend).unwrap().is_empty();
+        let begun = Instant::now();
+        while !connected() && begun.elapsed() < LONG {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(spread(Duration::from_millis(20), n));
+        // So that what is read now stays on its way.
+        let server = Identity::read(&node.run_root().join("volumes/vol1/zerofs.pid"));
+        let stopped = server.is_some_and(|s| kill(Pid::from_raw(s.pid), Signal::SIGSTOP).is_ok());
+        std::thread::sleep(Duration::from_millis(20));
+        let when = format!("round {n}, ZeroFS stopped: {stopped}");
+        node.kill_of("vol1", Victim::Keeper);
+        if let Some(server) = Identity::read(&node.run_root().join("volumes/vol1/zerofs.pid")) {
+            let _ = kill(Pid::from_raw(server.pid), Signal::SIGCONT);
+        }
+        wait_until(&format!("{when}: the command ends"), LONG, || command.try_wait().unwrap().is_some());
+        finished += u32::from(command.wait().unwrap().success());
+        node.ok(&attach);
+        assert_holds(&file, &bytes, &when);
+        node.ok(&["detach", "vol1"]);
+    }
+    println!("{finished} commands went on to their end");
+    assert!(finished > 0);
+    alone.assert_back();
+    node.assert_nothing_left("at the end");
 }
 
 #[test]

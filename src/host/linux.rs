@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::mount::MntFlags;
 use zeroize::Zeroizing;
 
+use super::companion::Companion;
 use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
@@ -30,9 +31,9 @@ use crate::keeper::device::{RECORD, Record};
 use crate::keeper::log::{self, ReplayLog};
 use crate::keeper::path::LogState;
 use crate::keeper::process::{Identity, Process, boot_id};
-use crate::keeper::{self, KeeperConfig};
+use crate::keeper::{self, KeeperConfig, OWN_EXE};
 use crate::password::{PasswordCheck, Secret};
-use crate::settings::{S3Settings, Settings};
+use crate::settings::{self, S3Settings, Settings, Sources};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
 use crate::zerofs::config::{self, ConfigInput};
 use crate::zerofs::ninep;
@@ -128,6 +129,7 @@ pub struct LinuxHost {
     force: bool,
     /// The device was failed by force.
     failed: RefCell<bool>,
+    companion: RefCell<Option<Companion>>,
 }
 
 /// The version of the zerofs program, which takes a run of that program to learn.
@@ -196,6 +198,28 @@ impl LinuxHost {
             patience: QUICK,
             force: false,
             failed: RefCell::new(false),
+            companion: RefCell::new(None),
+        })
+    }
+
+    /// The host of a volume that is attached here, with nothing but what its attach left: neither settings nor password.
+    pub fn saved(dirs: &Dirs, node: &str, volume: &VolumeId) -> Result<LinuxHost> {
+        let none = Sources { config: None, secrets: &[], storage_url: None, env: &|_| None };
+        let storage = match LinuxHost::saved_storage(dirs, volume)? {
+            Some(storage) => storage,
+            None => Storage { url: dirs.embedded_store()?, s3: S3Settings::default() },
+        };
+        LinuxHost::new(Parts {
+            dirs: dirs.clone(),
+            storage,
+            settings: settings::load(&none)?.0,
+            password: None,
+            // Named by keeper.json.
+            zerofs: "zerofs".into(),
+            program: OWN_EXE.into(),
+            node: node.to_owned(),
+            only_looks: true,
+            progress: Box::new(|_, _, _| {}),
         })
     }
 
@@ -1035,6 +1059,7 @@ impl Host for LinuxHost {
     }
 
     fn stop_keeper(&self, volume: &VolumeId, options: &StopOptions) -> Result<()> {
+        self.companion.take();
         if let KeeperView::Dead { orphan, left_behind } = self.keeper(volume)? {
             if !orphan && left_behind == 0 {
                 return self.clean_run_folder(volume);
@@ -1128,6 +1153,7 @@ impl Host for LinuxHost {
         let mut client = self.client(volume)?.within(Duration::from_secs(600));
         if request.transport == Transport::Nbd {
             client.connect_nbd(&device::options(request))?;
+            self.look_after(volume)?;
             return self.nbd_device(volume);
         }
         let (folder, file) = self.dirs.fuse(volume);
@@ -1183,12 +1209,21 @@ impl Host for LinuxHost {
         }
     }
 
+    fn look_after(&self, volume: &VolumeId) -> Result<()> {
+        let mut companion = self.companion.borrow_mut();
+        if companion.is_none() && device::may_be_taken_over(&self.dirs.volume_run(volume), volume)? {
+            *companion = Some(Companion::start(&self.dirs, &self.owner.node, volume)?);
+        }
+        Ok(())
+    }
+
     fn let_fail(&self, volume: &VolumeId) -> Result<()> {
         device::let_fail(&self.dirs.volume_run(volume), volume)
     }
 
     fn disconnect(&self, volume: &VolumeId, dead: bool) -> Result<()> {
         let run = self.dirs.volume_run(volume);
+        self.companion.take();
         if Record::read(&run)?.is_some() {
             let keeper = || self.status(volume)?.map(|_| self.client(volume)).transpose();
             match device::disconnect(&run, volume, dead, keeper()?) {

@@ -20,6 +20,7 @@ pub use crate::catalog::Content;
 pub mod access;
 pub mod bind;
 pub mod cgroup;
+mod companion;
 pub mod device;
 pub mod fake;
 mod fssize;
@@ -424,6 +425,9 @@ pub trait Host: Observe {
     /// Starts the next keeper for a device that waits ([`Life::Waiting`]), on the run folder of the one that is gone: it
     /// takes over log and device, and what is mounted stays mounted. Without the claim it is an error.
     fn take_over(&self, volume: &VolumeId) -> Result<()>;
+    /// From here on until the device is taken away, or this host is dropped: should the keeper of its device die, the next one
+    /// is started as by [`take_over`](Self::take_over), since whatever waits for the device can do nothing about it.
+    fn look_after(&self, volume: &VolumeId) -> Result<()>;
     /// Lets a dead NBD device ([`Life::Dead`]) whose keeper is gone fail at once: the kernel would hold its I/O for as long as
     /// it may, for a server that must not come back.
     fn let_fail(&self, volume: &VolumeId) -> Result<()>;

@@ -101,15 +101,16 @@ fn clear(
 }
 
 /// Where the device only waits for the next keeper, starts that one: first of all, since whatever touches the device
-/// would wait, too. True when it did.
+/// would wait, too. True when it did. From then on the host does the same whenever it is needed.
 ///
 /// It is no run of the journal: there is nothing to undo, and a kill in the middle leaves what was there before.
 fn revive(engine: &Engine<'_>, volume: &VolumeId) -> Result<bool> {
     let named = |e: Error| e.on(volume).in_step("take-over");
-    if engine.host.device(volume).map_err(named)?.life != Life::Waiting {
-        return Ok(false);
+    let waits = engine.host.device(volume).map_err(named)?.life == Life::Waiting;
+    if waits {
+        engine.observer.note("its keeper is gone, and its device waits: starting the next keeper");
+        engine.host.take_over(volume).map_err(named)?;
     }
-    engine.observer.note("its keeper is gone, and its device waits: starting the next keeper");
-    engine.host.take_over(volume).map_err(named)?;
-    Ok(true)
+    engine.host.look_after(volume).map_err(named)?;
+    Ok(waits)
 }

@@ -1,0 +1,91 @@
+//! The next keeper of a volume that a command is at work on. When the keeper dies, the command's own reads, and those of the
+//! mkfs, fsck and mount that it runs, wait in the kernel; and since the command holds the volume, nobody else may start the
+//! next keeper. What has been sent to a socket waits for new sockets without a limit, and cannot be killed.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::linux::{Dirs, LinuxHost};
+use super::{Host, Life, Observe, device};
+use crate::error::{Doing, Result};
+use crate::keeper::PID_FILE;
+use crate::keeper::process::{Identity, Process};
+use crate::values::VolumeId;
+
+/// How long until the next look when there is no keeper to wait for, or when the next one could not be started.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Looks after the keeper of a volume's NBD device until it is dropped.
+pub(super) struct Companion {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Companion {
+    /// Starts to look. Needs nothing but what the attach has left.
+    pub(super) fn start(dirs: &Dirs, node: &str, volume: &VolumeId) -> Result<Companion> {
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .doing("make", "an event descriptor")?;
+        let stop = Arc::new(stop);
+        let (dirs, node, volume, told) = (dirs.clone(), node.to_owned(), volume.clone(), Arc::clone(&stop));
+        let look = move || look(&dirs, &node, &volume, &told);
+        let thread =
+            std::thread::Builder::new().name("companion".into()).spawn(look).doing("start", "a thread")?;
+        Ok(Companion { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Companion {
+    /// Waits for a take-over that is at work, so that it meets nothing that comes after.
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn look(dirs: &Dirs, node: &str, volume: &VolumeId, stop: &EventFd) {
+    let run = dirs.volume_run(volume);
+    let mut alive = None;
+    while !stopped(stop, alive.as_ref()) {
+        let identity = Identity::read(&run.join(PID_FILE));
+        // One that stopped by itself has removed its file. A doubt is looked at again.
+        let Some(identity) = identity else {
+            alive = None;
+            continue;
+        };
+        alive = Process::open(&identity).ok().flatten();
+        if alive.is_some() || !device::may_be_taken_over(&run, volume).unwrap_or(false) {
+            continue;
+        }
+        let taken = LinuxHost::saved(dirs, node, volume).and_then(|host| {
+            let waits = host.device(volume)?.life == Life::Waiting;
+            if waits {
+                tracing::warn!(%volume, "its keeper (pid {}) has died: starting the next one", identity.pid);
+                host.take_over(volume)?;
+            }
+            Ok(())
+        });
+        if let Err(e) = taken {
+            tracing::warn!(%volume, "the next keeper does not serve the device yet: {}", e.message());
+        }
+    }
+}
+
+/// Waits until the keeper ends, or for a while when there is none; true when it is time to stop.
+fn stopped(stop: &EventFd, keeper: Option<&Process>) -> bool {
+    let mut fds = vec![PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+    fds.extend(keeper.map(|k| PollFd::new(k.fd(), PollFlags::POLLIN)));
+    let timeout = match keeper {
+        Some(_) => PollTimeout::NONE,
+        None => PollTimeout::try_from(PAUSE).unwrap_or(PollTimeout::MAX),
+    };
+    let _ = poll(&mut fds, timeout);
+    fds[0].revents().is_some_and(|r| !r.is_empty())
+}
