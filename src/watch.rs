@@ -441,6 +441,7 @@ mod tests {
     struct Sleepers {
         run_dir: PathBuf,
         device: AtomicBool,
+        asked: AtomicUsize,
         fail: AtomicUsize,
         taken: AtomicUsize,
         next: Mutex<Option<Child>>,
@@ -448,7 +449,9 @@ mod tests {
 
     impl Volumes for Sleepers {
         fn has_device(&self, _: &VolumeId) -> Result<bool> {
-            Ok(self.device.load(Ordering::SeqCst))
+            let device = self.device.load(Ordering::SeqCst);
+            self.asked.fetch_add(1, Ordering::SeqCst);
+            Ok(device)
         }
 
         fn take_over(&self, _: &VolumeId) -> Result<TakeOver> {
@@ -483,6 +486,7 @@ mod tests {
             let sleepers = Arc::new(Sleepers {
                 run_dir: dir.path().to_owned(),
                 device: AtomicBool::new(true),
+                asked: AtomicUsize::new(0),
                 fail: AtomicUsize::new(0),
                 taken: AtomicUsize::new(0),
                 next: Mutex::new(None),
@@ -577,7 +581,12 @@ mod tests {
         let run = Run::new(|_| {});
         run.sleepers.device.store(false, Ordering::SeqCst);
         kill(asleep(run.dir.path()));
-        std::thread::sleep(Duration::from_millis(300));
+        // However long the watcher takes to see that.
+        let begun = Instant::now();
+        while run.sleepers.asked.load(Ordering::SeqCst) == 0 {
+            assert!(begun.elapsed() < LIMIT, "the watcher does not look");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         run.sleepers.device.store(true, Ordering::SeqCst);
         let keeper = asleep(run.dir.path());
         std::fs::remove_file(journal::volume_folder(run.dir.path(), &volume()).join(PID_FILE)).unwrap();
