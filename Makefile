@@ -89,7 +89,7 @@ bench-nbd: ## The NBD transport beside nbd-client, in a machine that has it (ARG
 	@scripts/setup test vm
 	@$(CARGO) bench --locked --bench side_by_side --no-run
 	@echo "Load average of this machine: $$(cut -d' ' -f1-3 /proc/loadavg) before,"
-	@scripts/vm uml --name bench-nbd --memory 10G --timeout 10800 -- \
+	@ZEROFSCTL_VM_CPU=$$(($$(nproc) - 1)) scripts/vm uml --name bench-nbd --memory 10G --timeout 10800 -- \
 	"$$($(CARGO) bench --locked --quiet --bench side_by_side --no-run --message-format json | \
 	sed -n 's/.*"name":"side_by_side".*"executable":"\([^"]*\)".*/\1/p')" nbd $(ARGS)
 	@echo "$$(cut -d' ' -f1-3 /proc/loadavg) after."

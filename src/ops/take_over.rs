@@ -30,7 +30,10 @@ pub fn take_over(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Resu
                 engine.host.let_fail(volume).map_err(|e| e.on(volume))?;
                 Ok(TakeOver::Wreck)
             }
-            Life::Waiting => revive(engine, volume).map(|_| TakeOver::Done),
+            Life::Waiting => {
+                engine.host.take_over(volume).map_err(|e| e.on(volume).in_step("take-over"))?;
+                Ok(TakeOver::Done)
+            }
         }
     })();
     journal.close()?;
