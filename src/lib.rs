@@ -84,3 +84,4 @@ pub mod quantity;
 pub mod values;
 pub mod error;
 pub mod atomic_file;
+pub mod background;

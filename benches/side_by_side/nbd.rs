@@ -75,7 +75,7 @@ fn queues(scale: &Scale) {
     const JOBS: [(&str, &str, bool); 4] =
         [("4k", "randread", true), ("4k", "randwrite", true), ("1m", "read", true), ("1m", "read", false)];
     let dir = TestDir::new();
-    let server = Memory::serve(dir.path());
+    let _server = Memory::serve(dir.path());
     let kernels = sysfs::queue(free_index()).expect("a queue can be read");
     let ours = queue(NbdPath::Direct);
     let queues = [
@@ -125,7 +125,6 @@ fn queues(scale: &Scale) {
         row([name.clone()].into_iter().chain(cells));
     }
     println!();
-    drop(server);
 }
 
 /// How long `nbd list` takes with all the devices that a kernel has by our advice.
@@ -133,7 +132,7 @@ fn list(scale: &Scale) {
     const DEVICES: usize = 64;
     say(format!("nbd list with {DEVICES} devices"));
     let dir = TestDir::new();
-    let server = Memory::serve(dir.path());
+    let _server = Memory::serve(dir.path());
     let devices: Vec<_> = (0..DEVICES)
         .map(|_| {
             let (socket, export) = direct_socket(dir.path(), "disk").expect("the server answers");
@@ -144,7 +143,6 @@ fn list(scale: &Scale) {
     let zerofsctl = Zerofsctl::new(&dir.join("z"));
     let times: Vec<_> = (0..scale.rounds.max(30)).map(|_| zerofsctl.time(&["nbd", "list"])).collect();
     drop(devices);
-    drop(server);
     head(&["what", "measured"]);
     row([
         format!("`nbd list` with {DEVICES} devices, median of {}, ms", times.len()),
@@ -164,7 +162,8 @@ fn on_one<S>(scale: &Scale, server: &str, zeros_when_closed: bool, serve: impl F
             say(format!("{server}, turn {} of {}, {:?}", turn + 1, scale.rounds, Way::ALL[n]));
             let dir = TestDir::new();
             let dir = dir.path();
-            let served = serve(dir);
+            // Ends after the device, which is dropped first.
+            let _served = serve(dir);
             let attached = Attached::new(Way::ALL[n], dir, zeros_when_closed);
             fill(dir, &attached.device());
             for (i, job) in JOBS.iter().enumerate() {
@@ -172,8 +171,6 @@ fn on_one<S>(scale: &Scale, server: &str, zeros_when_closed: bool, serve: impl F
                 figures[n].iops[i].push(iops);
                 figures[n].cpu[i].push(cpu);
             }
-            drop(attached);
-            drop(served);
         }
     }
     println!(
@@ -235,14 +232,14 @@ fn measure(scale: &Scale, dir: &Path, device: &Path, (size, pattern): &(&str, &s
 fn fio(scale: &Scale, dir: &Path, device: &Path, size: &str, pattern: &str, direct: bool) -> f64 {
     let mut job = FioJob::new(dir, pattern).set("filename", device.display()).set("size", SPAN);
     job = job.set("rw", pattern).set("bs", size).set("randrepeat", 0);
-    job = match direct {
-        true => job
-            .set("direct", 1)
+    job = if direct {
+        job.set("direct", 1)
             .set("ioengine", "libaio")
             .set("iodepth", if size == "4k" { 32 } else { scale.depth })
             .set("time_based", 1)
-            .set("runtime", scale.seconds),
-        false => job.set("ioengine", "psync"),
+            .set("runtime", scale.seconds)
+    } else {
+        job.set("ioengine", "psync")
     };
     let report = job.run(LIMIT + Duration::from_secs(scale.seconds));
     report.assert_clean();

@@ -8,7 +8,7 @@ use super::context::Purpose;
 use super::device::DeviceArgs;
 use super::{Context, Global, StorageArgs};
 use crate::catalog::{Catalog, Objects, StorageUrl};
-use crate::csi::keepers::Keepers;
+use crate::csi::keepers;
 use crate::csi::{Backend, ClusterId, Config, Driver, Need, OurCluster, Role, http, request, server, socket};
 use crate::error::{Error, Result};
 use crate::host::{self, Host, Transport};
@@ -125,7 +125,7 @@ pub fn run(args: &CsiArgs, context: &Context, global: &Global) -> Result<Report>
     let (listener, _socket) = socket::bind(&endpoint)?;
     let driver = Driver::new(config, Box::new(backend));
     let watched = role.has_node().then(|| Settler::new(dirs.clone(), driver.config.node_id.clone()));
-    let _keepers = watched.map(|w| Keepers::watch(driver.clone(), Arc::new(w))).transpose()?;
+    let _keepers = watched.map(|w| keepers::start(driver.clone(), Arc::new(w))).transpose()?;
     server::run(&driver, listener, metrics, stopped, |at| {
         let at = at.map(|at| format!(", metrics on http://{at}/metrics")).unwrap_or_default();
         tracing::info!(

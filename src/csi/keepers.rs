@@ -8,44 +8,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
 use super::Driver;
-use crate::error::{Doing, Error, Kind, Result};
+use crate::background::Background;
+use crate::error::{Kind, Result};
 use crate::watch::{Event, Volumes, Watcher};
 
 /// How often the place of another watcher is asked for.
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// The watcher, until it is dropped. Keepers that it started stay.
-#[derive(Debug)]
-pub struct Keepers {
-    stop: Arc<EventFd>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Keepers {
-    /// Watches the keepers of the driver's run folder.
-    pub fn watch(driver: Arc<Driver>, volumes: Arc<dyn Volumes>) -> Result<Keepers> {
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .doing("make", "an event descriptor")?;
-        let stop = Arc::new(stop);
-        let asked = stop.clone();
-        let thread = std::thread::Builder::new()
-            .name("keepers".into())
-            .spawn(move || watch(&driver, &volumes, &asked))
-            .map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
-        Ok(Keepers { stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for Keepers {
-    fn drop(&mut self) {
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
+/// Watches the keepers of the driver's run folder until that is dropped. Keepers that it started stay.
+pub fn start(driver: Arc<Driver>, volumes: Arc<dyn Volumes>) -> Result<Background> {
+    Background::start("keepers", move |stop| watch(&driver, &volumes, stop))
 }
 
 fn watch(driver: &Driver, volumes: &Arc<dyn Volumes>, stop: &EventFd) {

@@ -3,16 +3,15 @@
 //! next keeper. What has been sent to a socket waits for new sockets without a limit, and cannot be killed.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
 use super::linux::{Dirs, LinuxHost};
 use super::{Host, Life, Observe, device};
-use crate::error::{Doing, Result};
+use crate::background::Background;
+use crate::error::Result;
 use crate::keeper::PID_FILE;
 use crate::keeper::process::{Identity, Process};
 use crate::values::VolumeId;
@@ -20,34 +19,11 @@ use crate::values::VolumeId;
 /// How long until the next look when there is no keeper to wait for, or when the next one could not be started.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// Looks after the keeper of a volume's NBD device until it is dropped.
-pub(super) struct Companion {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Companion {
-    /// Starts to look. Needs nothing but what the attach has left.
-    pub(super) fn start(dirs: &Dirs, node: &str, volume: &VolumeId) -> Result<Companion> {
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .doing("make", "an event descriptor")?;
-        let stop = Arc::new(stop);
-        let (dirs, node, volume, told) = (dirs.clone(), node.to_owned(), volume.clone(), Arc::clone(&stop));
-        let look = move || look(&dirs, &node, &volume, &told);
-        let thread =
-            std::thread::Builder::new().name("companion".into()).spawn(look).doing("start", "a thread")?;
-        Ok(Companion { stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for Companion {
-    /// Waits for a take-over that is at work, so that it meets nothing that comes after.
-    fn drop(&mut self) {
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
+/// Looks after the keeper of a volume's NBD device until that is dropped, with nothing but what the attach has left. The drop
+/// waits for a take-over that is at work, so that it meets nothing that comes after.
+pub(super) fn start(dirs: &Dirs, node: &str, volume: &VolumeId) -> Result<Background> {
+    let (dirs, node, volume) = (dirs.clone(), node.to_owned(), volume.clone());
+    Background::start("companion", move |stop| look(&dirs, &node, &volume, stop))
 }
 
 fn look(dirs: &Dirs, node: &str, volume: &VolumeId, stop: &EventFd) {

@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use nix::mount::MntFlags;
 use zeroize::Zeroizing;
 
-use super::companion::Companion;
 use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
-    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, device, loopdev,
-    mounts, nbd, programs, signature, users,
+    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, companion,
+    device, loopdev, mounts, nbd, programs, signature, users,
 };
 use crate::atomic_file::{FolderLock, replace};
+use crate::background::Background;
 use crate::catalog::{
     Catalog, ClaimOptions, ClaimedAs, DataPrefix, Family, Owner, Relation, Release, StorageUrl, Tag,
     VolumeRecord, Written,
@@ -129,7 +129,7 @@ pub struct LinuxHost {
     force: bool,
     /// The device was failed by force.
     failed: RefCell<bool>,
-    companion: RefCell<Option<Companion>>,
+    companion: RefCell<Option<Background>>,
 }
 
 /// The version of the zerofs program, which takes a run of that program to learn.
@@ -1210,9 +1210,9 @@ impl Host for LinuxHost {
     }
 
     fn look_after(&self, volume: &VolumeId) -> Result<()> {
-        let mut companion = self.companion.borrow_mut();
-        if companion.is_none() && device::may_be_taken_over(&self.dirs.volume_run(volume), volume)? {
-            *companion = Some(Companion::start(&self.dirs, &self.owner.node, volume)?);
+        let mut at_work = self.companion.borrow_mut();
+        if at_work.is_none() && device::may_be_taken_over(&self.dirs.volume_run(volume), volume)? {
+            *at_work = Some(companion::start(&self.dirs, &self.owner.node, volume)?);
         }
         Ok(())
     }
