@@ -2,8 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
 use super::MountEntry;
 use crate::error::{Doing, Result};
+use crate::keeper::fuse;
 
 /// All mounts of a process's namespace: `self`, or a pid.
 pub fn table(of: &str) -> Result<Vec<MountEntry>> {
@@ -70,6 +74,32 @@ impl DeviceLine<'_> {
 /// What is mounted exactly at `target`: the topmost, when several are stacked.
 pub fn at(table: &[MountEntry], target: &Path) -> Option<MountEntry> {
     table.iter().rfind(|m| m.target == target).cloned()
+}
+
+/// Gives the calling thread, and what it starts, a view of the mounts without any keeper's disk and the filesystems on
+/// it, so that a program that asks about every mounted loop device cannot fail or hang for a keeper that is gone or
+/// stuck. For the rest of the thread's life: call it in one of its own. The mounts of everybody else stay as they are:
+/// nothing is taken out of the view before the kernel has said that this does not spread.
+pub fn leave_disks_out() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).doing("make", "a mount namespace")?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).doing("keep apart", "its mounts")?;
+    // `self` is the process, whose view did not change.
+    let table = table("thread-self")?;
+    let is_disk = |m: &&MountEntry| m.fs == fuse::FS_NAME;
+    let disks: Vec<_> = table.iter().filter(is_disk).collect();
+    let on_disk = |m: &&MountEntry| {
+        let file =
+            m.source.strip_prefix("/dev/").filter(|name| name.starts_with("loop")).and_then(|name| {
+                std::fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()
+            });
+        file.is_some_and(|f| disks.iter().any(|disk| Path::new(&f).starts_with(&disk.target)))
+    };
+    // Filesystems first: while one is here, no detach elsewhere can end it. One that is gone by now is no matter.
+    for m in table.iter().filter(on_disk).rev().chain(disks.iter().rev().copied()) {
+        let _ = umount2(&m.target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
+    Ok(())
 }
 
 /// Space, tab, newline and backslash are three octal digits in the table.

@@ -29,6 +29,8 @@ use crate::error::{Doing, Error, Kind, Result};
 
 /// The name of the file.
 pub const FILE: &str = "disk";
+/// The filesystem's name in the mount table.
+pub const FS_NAME: &str = "fuse.zerofsctl";
 
 const DISK: u64 = 2;
 const MAX_TRANSFER: u32 = 1 << 20;
@@ -66,7 +68,7 @@ pub(super) fn mount(path: Arc<Shared>, dir: &Path) -> Result<Mount> {
     nix::mount::mount(
         Some("zerofsctl"),
         dir,
-        Some("fuse.zerofsctl"),
+        Some(FS_NAME),
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME,
         Some(options.as_str()),
     )
