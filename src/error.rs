@@ -205,15 +205,19 @@ impl<T, E: Into<std::io::Error>> Doing<T> for std::result::Result<T, E> {
     fn doing(self, what: &str, path: impl AsRef<std::path::Path>) -> Result<T> {
         self.map_err(|e| {
             let e: std::io::Error = e.into();
-            let path = path.as_ref().display();
-            let message = format!("cannot {what} {path}: {e}");
+            let path = path.as_ref();
+            let message = format!("cannot {what} {}: {e}", path.display());
             // By its kind, which errors of temporary files have too; their number is hidden.
             match e.kind() {
                 ErrorKind::PermissionDenied => {
                     Error::environment(message).hint("run it as root, or with CAP_SYS_ADMIN")
                 }
-                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Error::environment(message)
-                    .hint(format!("free some room: df -h {path}; then run the same command again")),
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                    // The file itself may not be there, and df asks for one that is.
+                    let place = path.ancestors().find(|p| p.exists()).unwrap_or(path).display();
+                    Error::environment(message)
+                        .hint(format!("free some room: df -h {place}; then run the same command again"))
+                }
                 ErrorKind::ReadOnlyFilesystem => Error::environment(message)
                     .hint("choose a writable folder with --state-dir and --run-dir"),
                 ErrorKind::InvalidFilename => Error::usage(message).hint("choose shorter folders"),

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use support::cli::{Answer, Node, Victim, assert_holds, files_below, pattern, write_durably};
 use support::zerofs::Daemon;
 use support::{require_program, wait_until, zerofs_bin};
@@ -281,6 +283,87 @@ fn root_recover_brings_a_volume_back_with_all_that_was_acknowledged() {
     let nothing = node.json(&["recover", "vol1"]);
     assert_eq!(nothing["volumes"][0]["recovered"]["what"], serde_json::json!([]), "{nothing:#}");
     node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("in the end");
+}
+
+/// A program that looks at every disk of the machine must not stop at the one whose keeper is gone or stuck: btrfs-progs
+/// asks for the file behind each mounted loop device.
+#[test]
+fn root_a_dead_or_stuck_neighbour_stops_nobody() {
+    let node = Node::new();
+    let (near, m) = (node.target("near"), node.target("m"));
+    let bytes = pattern(10, MIB);
+    node.ok(&["attach", "near", "--target", &near]);
+    write_durably(&Path::new(&near).join("data"), &bytes);
+    let keeper = node.processes().0[0];
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        kill(Pid::from_raw(keeper), signal).expect("the keeper is there");
+        for fs in ["ext4", "xfs", "btrfs"] {
+            let volume = format!("{fs}-{}", signal.as_str().to_lowercase());
+            node.ok(&["attach", &volume, "--target", &m, "--fs", fs, "--size", "512Mi"]);
+            node.ok(&["detach", &volume]);
+            node.ok(&["fsck", &volume]);
+        }
+        let table = fs::read_to_string("/proc/self/mounts").expect("the mount table");
+        assert!(table.contains(&near), "{signal}: what the programs did not see is still mounted");
+        if signal == Signal::SIGSTOP {
+            kill(Pid::from_raw(keeper), Signal::SIGCONT).expect("the keeper is there");
+            assert_holds(&Path::new(&near).join("data"), &bytes, "after it was stuck");
+        }
+    }
+    node.ok(&["recover"]);
+    assert_holds(&Path::new(&near).join("data"), &bytes, "after it was dead");
+    node.ok(&["detach", "--all"]);
+    node.assert_nothing_left("in the end");
+}
+
+/// `/var` is full: what was attached goes on, a dead ZeroFS is followed by the next one, and what is started anew is
+/// refused with a word about the room.
+#[test]
+fn root_a_full_state_disk_stops_no_volume() {
+    let node = Node::new();
+    let (m, m2) = (node.target("m"), node.target("m2"));
+    let state = node.state();
+    fs::create_dir_all(&state).expect("the state folder");
+    let none = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("test"), &state, Some("tmpfs"), none, Some("size=16m")).expect("a tmpfs");
+    let store = format!("file://{}", node.target("store"));
+    let bytes = pattern(11, 3 * MIB);
+    let attach = |volume: &str, m: &str| {
+        let words = ["attach", volume, "--target", m, "--size", "64Mi", "--storage-url", &store];
+        Answer::of(node.command(&words).env("ZEROFS_ENCRYPTION_PASSWORD", "of a store elsewhere"))
+    };
+    attach("vol1", &m).expect_code(0);
+    let filler = state.join("filler");
+    let fill = || {
+        let mut file = OpenOptions::new().append(true).create(true).open(&filler).expect("the filler");
+        while file.write_all(&[1; 4096]).is_ok() {}
+    };
+    fill();
+    for round in 0..5 {
+        write_durably(&Path::new(&m).join(format!("data{round}")), &bytes);
+        assert!(node.kill(Victim::Zerofs));
+        fill();
+        wait_until("another ZeroFS serves it", Duration::from_secs(30), || {
+            node.processes().1.len() == 1 && node.found("vol1")["state"] == "attached"
+        });
+        for n in 0..=round {
+            assert_holds(&Path::new(&m).join(format!("data{n}")), &bytes, "with a full disk");
+        }
+    }
+    fill();
+    attach("vol2", &m2).expect_error(1, &["No space left"]);
+    assert!(node.kill(Victim::Both));
+    fill();
+    // The room for the log is still there, and the rest is written over what was there before.
+    node.ok(&["recover"]);
+    for n in 0..5 {
+        assert_holds(&Path::new(&m).join(format!("data{n}")), &bytes, "after recovery");
+    }
+    fs::remove_file(&filler).expect("room");
+    attach("vol2", &m2).expect_code(0);
+    node.ok(&["detach", "--all"]);
+    nix::mount::umount(&state).expect("nobody is in the state folder any more");
     node.assert_nothing_left("in the end");
 }
 

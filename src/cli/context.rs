@@ -80,7 +80,11 @@ pub(super) fn init_log(verbose: u8, json: bool) {
     };
     // The Kubernetes client logs whole answers that it does not understand. What goes wrong with it is in our errors.
     let filter = tracing_subscriber::EnvFilter::new(format!("{level},kube_client=off"));
-    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
+    let builder = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        // It would panic where standard error is full or closed, in the midst of a step.
+        .log_internal_errors(false)
+        .with_env_filter(filter);
     let _ = if json {
         builder.with_target(false).json().flatten_event(true).try_init()
     } else {

@@ -493,8 +493,8 @@ fn adjust_resource_limits() {
 fn end_on_panic() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
+        // To standard error, which is the log. Not through the logger: whoever panics may hold its lock.
         usual(panic);
-        error!("{panic}");
         let spared = [Some(control::CLIENT_THREAD), Some(OWNER_THREAD)];
         if !spared.contains(&std::thread::current().name()) {
             std::process::abort();
@@ -530,6 +530,8 @@ fn log_to(path: &Path) -> Result<()> {
         .with_target(false)
         .with_max_level(tracing::Level::INFO)
         .with_writer(Mutex::new(log))
+        // It would say on standard error, with a panic where that is full, too.
+        .log_internal_errors(false)
         .finish();
     // Already set only where a test runs a keeper in its own process.
     let _ = tracing::subscriber::set_global_default(subscriber);

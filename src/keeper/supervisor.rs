@@ -359,7 +359,11 @@ impl Supervisor {
 
     fn alarm(&mut self, alarm: Alarm) {
         let generation = match alarm {
-            Alarm::Log(g, _) | Alarm::Closed(g) | Alarm::Silent(g, _) | Alarm::Answers(g) => g,
+            Alarm::Log(g, _)
+            | Alarm::Closed(g)
+            | Alarm::Silent(g, _)
+            | Alarm::Answers(g)
+            | Alarm::Unseen(g, _) => g,
         };
         // While it is being ended, what it says changes nothing any more.
         if generation != self.generation
@@ -375,6 +379,7 @@ impl Supervisor {
                 self.log_line(sign, line, serves);
             }
             Alarm::Closed(_) => self.condemn("its database is closed"),
+            Alarm::Unseen(_, why) => self.condemn(&format!("its faults would not be seen: {why}")),
             Alarm::Silent(_, time) if time >= SILENCE && matches!(self.phase, Phase::Ready(_)) => {
                 let reason = format!("ZeroFS has not answered for {} s; it is left alone", time.as_secs());
                 if self.stopping.is_none() {
@@ -462,7 +467,7 @@ impl Supervisor {
                 // Clean is also a log that somebody has deleted.
                 self.shared.data.distrust();
                 self.generation += 1;
-                self.watch.begin(self.generation, Some(record.log_offset));
+                self.watch.begin(self.generation, Some(record.log_offset))?;
                 self.attend(process)?;
                 Ok(true)
             }
@@ -532,7 +537,7 @@ impl Supervisor {
         }
         let config = &self.shared.config;
         remove_sockets(&config.run_dir)?;
-        let log_offset = self.watch.begin(self.generation, None);
+        let log_offset = self.watch.begin(self.generation, None)?;
         // Said before it is done: a keeper that is killed in between leaves a reason to look for the marker.
         write_json(&self.path(RECORD), &Record { zerofs: None, log_offset })?;
         let output = self.watch.log_for_appending()?;

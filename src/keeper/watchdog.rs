@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use super::causes::is_chatter;
@@ -24,6 +26,10 @@ use crate::zerofs::versions::{Profile, READ_ERRORS_ARE_ZEROS, Sign};
 
 /// A ZeroFS log larger than that is rotated, in bytes.
 pub(crate) const LOG_LIMIT: u64 = 8 << 20;
+
+/// Blocks that are reserved beyond the end of a ZeroFS log, in bytes; renewed when half of them are used. A storm of
+/// 500-byte lines needs a second or more for them, and each line wakes us.
+const ROOM: u64 = 1 << 20;
 
 /// How many rotated logs are kept beside the current one.
 pub(crate) const LOGS_KEPT: usize = 2;
@@ -49,6 +55,8 @@ pub(crate) enum Alarm {
     Silent(u64, Duration),
     /// It answers again.
     Answers(u64),
+    /// Its log has no room left, so its faults would not be seen any more.
+    Unseen(u64, String),
 }
 
 /// The eyes of the supervisor; shared with the data path as its [`Prober`].
@@ -85,12 +93,16 @@ impl Watch {
     }
 
     /// A new server is about to be started (or, with `from`, was adopted): rotates the log if it is large, and
-    /// tells where in it the server's own lines begin.
-    pub fn begin(&self, generation: u64, from: Option<u64>) -> u64 {
+    /// tells where in it the server's own lines begin. A new one must be able to say what is wrong with it: no room
+    /// for that is an error.
+    pub fn begin(&self, generation: u64, from: Option<u64>) -> Result<u64> {
         *lock(&self.ninep) = None;
         let mut tail = lock(&self.tail);
         tail.generation = generation;
-        tail.begin(from)
+        tail.begin(from);
+        let reserved = if from.is_none() { tail.reserve_room() } else { Ok(()) };
+        reserved.doing("reserve room for", &tail.path)?;
+        Ok(tail.begin)
     }
 
     /// The log file, for the server to append to.
@@ -112,6 +124,9 @@ impl Watch {
         let generation = tail.generation;
         for finding in tail.drain() {
             (self.tell)(Alarm::Log(generation, finding));
+        }
+        if let Err(e) = tail.reserve_room() {
+            (self.tell)(Alarm::Unseen(generation, format!("no room for {}: {e}", tail.path.display())));
         }
     }
 
@@ -185,6 +200,7 @@ impl Watch {
     pub fn end(&self) {
         *lock(&self.over) = true;
         self.ended.notify_all();
+        lock(&self.tail).give_room_back();
     }
 }
 
@@ -231,6 +247,8 @@ struct Tail {
     position: u64,
     /// Where the running server's lines begin.
     begin: u64,
+    /// The log has blocks up to here, whatever its length is.
+    room: u64,
     /// The start of a line whose end has not been written yet.
     partial: Vec<u8>,
     fenced: Option<String>,
@@ -255,6 +273,7 @@ impl Tail {
             generation: 0,
             position,
             begin: position,
+            room: 0,
             partial: Vec::new(),
             fenced: None,
             last_lie: None,
@@ -266,7 +285,7 @@ impl Tail {
         self.file.metadata().map_or(0, |m| m.size())
     }
 
-    fn begin(&mut self, from: Option<u64>) -> u64 {
+    fn begin(&mut self, from: Option<u64>) {
         let len = self.len();
         self.begin = match from {
             // A rotation has moved what was before.
@@ -278,7 +297,6 @@ impl Tail {
         self.position = self.begin;
         self.partial.clear();
         self.fenced = None;
-        self.begin
     }
 
     /// Judges everything new.
@@ -311,6 +329,46 @@ impl Tail {
             }
         }
         found
+    }
+
+    /// A line that a full disk refuses is one that nobody judges, and ZeroFS panics over it. So the blocks are there
+    /// before the lines, and older logs make way for them.
+    fn reserve_room(&mut self) -> io::Result<()> {
+        let len = self.len();
+        if self.room.saturating_sub(len) >= ROOM / 2 {
+            return Ok(());
+        }
+        let mut reserved = self.allocate(len);
+        if matches!(&reserved, Err(e) if is_full(e)) {
+            for n in 1..=LOGS_KEPT {
+                let _ = std::fs::remove_file(numbered(&self.path, n));
+            }
+            reserved = self.allocate(len);
+        }
+        if matches!(&reserved, Err(e) if is_full(e)) && len > 0 && self.position == len {
+            tracing::warn!("the disk is full: {} is emptied", self.path.display());
+            self.file.set_len(0)?;
+            (self.position, self.begin) = (0, 0);
+            reserved = self.allocate(0);
+        }
+        reserved
+    }
+
+    fn allocate(&mut self, len: u64) -> io::Result<()> {
+        let beyond_the_end = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.room = match fallocate(&self.file, beyond_the_end, len as i64, ROOM as i64) {
+            Ok(()) => len + ROOM,
+            // A filesystem that cannot promise blocks: nothing is won by asking it again.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => u64::MAX,
+            Err(e) => return Err(e.into()),
+        };
+        Ok(())
+    }
+
+    fn give_room_back(&mut self) {
+        // Blocks beyond the end go with any truncation, even one to the length that it has.
+        let _ = self.file.set_len(self.len());
+        self.room = 0;
     }
 
     fn compare(&mut self, mut bytes: &[u8], found: &mut Vec<Finding>) {
@@ -363,11 +421,19 @@ impl Tail {
         make_room(&self.path)?;
         let mut source = self.file.try_clone()?;
         source.seek(SeekFrom::Start(0))?;
-        let mut copy =
-            File::options().write(true).create_new(true).mode(0o600).open(numbered(&self.path, 1))?;
-        io::copy(&mut Read::by_ref(&mut source), &mut copy)?;
+        let old = numbered(&self.path, 1);
+        let mut copy = File::options().write(true).create_new(true).mode(0o600).open(&old)?;
+        if let Err(e) = io::copy(&mut Read::by_ref(&mut source), &mut copy) {
+            std::fs::remove_file(&old)?;
+            return Err(e);
+        }
+        self.room = 0;
         self.file.set_len(0)
     }
+}
+
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 pub(crate) fn numbered(path: &Path, n: usize) -> PathBuf {
@@ -407,7 +473,7 @@ mod tests {
         )
         .unwrap();
         let log = watch.log_for_appending().unwrap();
-        watch.begin(1, None);
+        watch.begin(1, None).unwrap();
         (watch, log, rx)
     }
 
@@ -437,7 +503,7 @@ mod tests {
             ),
             "{all:?}"
         );
-        watch.begin(2, None);
+        watch.begin(2, None).unwrap();
         assert_eq!(watch.fenced(), None, "another server, another judgement");
     }
 
@@ -496,14 +562,64 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (watch, mut log, signs) = watch(dir.path());
         log.write_all(b"old\n").unwrap();
-        let from = watch.begin(2, None);
+        let from = watch.begin(2, None).unwrap();
         log.write_all(b"Fenced\n").unwrap();
-        watch.begin(3, Some(from));
+        watch.begin(3, Some(from)).unwrap();
         watch.drain();
         assert!(matches!(signs.try_recv(), Ok(Alarm::Log(3, Finding { sign: Sign::Fenced, .. }))));
         // A record from before a rotation points behind the end: then everything is read.
-        watch.begin(4, Some(1 << 30));
+        watch.begin(4, Some(1 << 30)).unwrap();
         watch.drain();
         assert!(matches!(signs.try_recv(), Ok(Alarm::Log(4, Finding { sign: Sign::Fenced, .. }))));
+    }
+
+    struct Mounted<'a>(&'a Path);
+
+    impl Drop for Mounted<'_> {
+        fn drop(&mut self) {
+            let _ = nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+
+    #[test]
+    fn root_a_full_disk_hides_no_fault() {
+        let dir = tempfile::tempdir().unwrap();
+        let none = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("test"), dir.path(), Some("tmpfs"), none, Some("size=4m")).unwrap();
+        let _mounted = Mounted(dir.path());
+        let (watch, mut log, signs) = watch(dir.path());
+        let filler = dir.path().join("filler");
+        let fill = || {
+            let mut file = File::options().append(true).create(true).open(&filler).unwrap();
+            while file.write_all(&[1; 4096]).is_ok() {}
+        };
+        fill();
+        let line = format!("2026-11-20T17:59:02.3Z  INFO a: {}\n", "x".repeat(1000));
+        // Three times what is reserved, and what is taken by others whenever the log gives some back.
+        for n in 0..3 * ROOM as usize / line.len() {
+            log.write_all(line.as_bytes()).unwrap_or_else(|e| panic!("line {n}: {e}"));
+            watch.drain();
+            if n % 64 == 0 {
+                fill();
+            }
+        }
+        assert_eq!(signs.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty));
+        log.write_all(b"ERROR background task failed\n").unwrap();
+        watch.drain();
+        assert!(matches!(signs.try_recv(), Ok(Alarm::Log(1, Finding { sign: Sign::Closed, .. }))));
+
+        // Not even that much is left: nothing is started, and nothing goes on, that could not say what is wrong.
+        lock(&watch.tail).give_room_back();
+        log.set_len(0).unwrap();
+        fill();
+        watch.drain();
+        assert!(matches!(signs.try_recv(), Ok(Alarm::Unseen(1, why)) if why.contains("No space left")));
+        let error = watch.begin(2, None).unwrap_err();
+        assert_eq!(error.kind(), crate::error::Kind::Environment);
+        std::fs::remove_file(&filler).unwrap();
+        watch.begin(3, None).unwrap();
+        assert!(log.metadata().unwrap().blocks() * 512 >= ROOM);
+        watch.end();
+        assert_eq!(log.metadata().unwrap().blocks(), 0, "what was reserved is given back in the end");
     }
 }
