@@ -131,6 +131,28 @@ fn root_xfs_and_btrfs_grow_while_they_are_used() {
     node.assert_nothing_left("in the end");
 }
 
+/// libmount's table has `_netdev` for the init system: for as long as the volume is mounted, and not a moment longer,
+/// or every mount of this machine would have to read through all volumes that ever were. [`Node`] looks in the end.
+#[test]
+fn root_what_mount_notes_for_the_init_system_goes_with_the_mount() {
+    let node = Node::new();
+    let m = node.target("a folder");
+    let noted = || {
+        let table = fs::read_to_string("/run/mount/utab").expect("libmount's table");
+        let line = format!("TARGET={} ", m.replace(' ', "\\040"));
+        table.lines().filter(|l| l.contains(&line) && l.contains("_netdev")).count()
+    };
+    node.ok(&["attach", "vol1", "--target", &m]);
+    assert_eq!(noted(), 1);
+    let held = File::create(Path::new(&m).join("held")).expect("a file");
+    node.run(&["detach", "vol1"]).expect_error(11, &["is in use by"]);
+    assert_eq!(noted(), 1, "it is still mounted");
+    drop(held);
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(noted(), 0);
+    node.assert_nothing_left("in the end");
+}
+
 #[test]
 fn root_a_raw_device() {
     let node = Node::new();

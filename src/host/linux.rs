@@ -733,6 +733,53 @@ fn remove(result: std::io::Result<()>, path: &Path) -> Result<()> {
     }
 }
 
+/// For the init system: it must be unmounted before the network goes, and before what serves the device.
+const NETDEV: &str = "_netdev";
+
+/// For the programs that only write into libmount's table.
+const NOTE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Takes the mount out of libmount's table, as `umount` would with the mount itself. Without that the mount goes as well.
+fn forget_mount(target: &Path) {
+    let args = ["--fake", "--no-canonicalize", "--internal-only", "--"].map(OsStr::new);
+    warn_of(
+        target,
+        Program::Umount.run(&[&args, [target.as_os_str()].as_slice()].concat(), Some(NOTE_LIMIT)),
+    );
+}
+
+/// Notes it there again: it is still mounted.
+fn note_mount(target: &Path) {
+    let Some(entry) = mounts::table("self").ok().and_then(|table| mounts::at(&table, target)) else { return };
+    let args = ["--fake", "-t", &entry.fs, "-o", NETDEV, "--", &entry.source].map(OsStr::new);
+    warn_of(target, Program::Mount.run(&[&args, [target.as_os_str()].as_slice()].concat(), Some(NOTE_LIMIT)));
+}
+
+fn warn_of(target: &Path, result: Result<programs::Output>) {
+    if let Err(e) = result.and_then(programs::Output::success) {
+        tracing::warn!("libmount's table is wrong about {}: {e}", target.display());
+    }
+}
+
+fn unmount_now(target: &Path, dead: bool) -> Result<()> {
+    match nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(()),
+        Err(nix::errno::Errno::EBUSY) if dead => {
+            nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+                .doing("unmount", target)
+        }
+        Err(nix::errno::Errno::EBUSY) => {
+            let users = users::of_mount(target);
+            let by = if users.is_empty() { String::new() } else { format!(" by {}", users::list(&users)) };
+            Err(Error::new(Kind::Busy, format!("{} is in use{by}", target.display())).hint(format!(
+                "see who: fuser -vm {}; end them, then run the same command again",
+                target.display()
+            )))
+        }
+        Err(e) => Err(e).doing("unmount", target),
+    }
+}
+
 fn family_of(profile: &Profile) -> Family {
     if profile.version < (Version { major: 2, minor: 0, patch: 0 }) { Family::Old } else { Family::New }
 }
@@ -1333,8 +1380,7 @@ impl Host for LinuxHost {
         options: &[String],
         read_only: bool,
     ) -> Result<()> {
-        // For the init system: it must be unmounted before the network goes, and before what serves the device.
-        let mut all = vec![if read_only { "ro" } else { "rw" }.to_owned(), "_netdev".to_owned()];
+        let mut all = vec![if read_only { "ro" } else { "rw" }.to_owned(), NETDEV.to_owned()];
         all.extend(options.iter().cloned());
         let all = all.join(",");
         let args = [
@@ -1373,23 +1419,16 @@ impl Host for LinuxHost {
             self.fail_device(target)?;
             dead = true;
         }
-        match nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(()),
-            Err(nix::errno::Errno::EBUSY) if dead => {
-                nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
-                    .doing("unmount", target)
-            }
-            Err(nix::errno::Errno::EBUSY) => {
-                let users = users::of_mount(target);
-                let by =
-                    if users.is_empty() { String::new() } else { format!(" by {}", users::list(&users)) };
-                Err(Error::new(Kind::Busy, format!("{} is in use{by}", target.display())).hint(format!(
-                    "see who: fuser -vm {}; end them, then run the same command again",
-                    target.display()
-                )))
-            }
-            Err(e) => Err(e).doing("unmount", target),
+        // Before the unmount: a kill in between then leaves nothing that nobody would look for.
+        let noted = mounts::is_noted(target);
+        if noted {
+            forget_mount(target);
         }
+        let result = unmount_now(target, dead);
+        if noted && result.is_err() {
+            note_mount(target);
+        }
+        result
     }
 
     fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()> {

@@ -76,6 +76,21 @@ pub fn at(table: &[MountEntry], target: &Path) -> Option<MountEntry> {
     table.iter().rfind(|m| m.target == target).cloned()
 }
 
+/// Where libmount keeps the options of mounts that the kernel does not know, such as `_netdev`: what `mount` wrote there
+/// stays until it is told otherwise, and each further mount reads and writes all of it.
+const LIBMOUNT: &str = "/run/mount/utab";
+
+/// Whether libmount has noted something about a mount at `target`.
+pub fn is_noted(target: &Path) -> bool {
+    std::fs::read(LIBMOUNT).is_ok_and(|text| notes(&String::from_utf8_lossy(&text), target))
+}
+
+fn notes(text: &str, target: &Path) -> bool {
+    text.split_ascii_whitespace()
+        .filter_map(|field| field.strip_prefix("TARGET="))
+        .any(|noted| Path::new(&decode(noted)) == target)
+}
+
 /// Gives the calling thread, and what it starts, a view of the mounts without any keeper's disk and the filesystems on
 /// it, so that a program that asks about every mounted loop device cannot fail or hang for a keeper that is gone or
 /// stuck. For the rest of the thread's life: call it in one of its own. The mounts of everybody else stay as they are:
@@ -151,6 +166,17 @@ garbage
         assert!(at(&table, Path::new("/mnt/c")).unwrap().read_only);
         assert!(at(&table, Path::new("/mnt/d")).unwrap().read_only);
         assert!(!at(&table, Path::new("/")).unwrap().read_only);
+    }
+
+    #[test]
+    fn what_libmount_noted_is_found_exactly() {
+        let text =
+            "SRC=/dev/loop0 TARGET=/mnt/a\\040b ROOT=/ OPTS=_netdev\nSRC=/dev/loop1 TARGET=/mnt/c ROOT=/\n";
+        assert!(notes(text, Path::new("/mnt/a b")));
+        assert!(notes(text, Path::new("/mnt/c")));
+        for other in ["/mnt", "/mnt/c/d", "/mnt/a", "/dev/loop0", "_netdev"] {
+            assert!(!notes(text, Path::new(other)), "{other}");
+        }
     }
 
     #[test]

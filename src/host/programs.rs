@@ -22,6 +22,7 @@ use crate::keeper::process::pidfd_open;
 pub enum Program {
     Blkid,
     Mount,
+    Umount,
     MkfsExt4,
     MkfsXfs,
     MkfsBtrfs,
@@ -39,6 +40,7 @@ impl Program {
         match self {
             Program::Blkid => ("blkid", "util-linux"),
             Program::Mount => ("mount", "mount"),
+            Program::Umount => ("umount", "mount"),
             Program::MkfsExt4 => ("mkfs.ext4", "e2fsprogs"),
             Program::MkfsXfs => ("mkfs.xfs", "xfsprogs"),
             Program::MkfsBtrfs => ("mkfs.btrfs", "btrfs-progs"),

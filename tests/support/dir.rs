@@ -26,6 +26,8 @@ pub enum Leftover {
     Mount(PathBuf),
     /// A loop device whose file is there: for example `/dev/loop3`, and the file.
     Loop(PathBuf, PathBuf),
+    /// What libmount still tells about a mount there that is gone.
+    Note(PathBuf),
     /// A process with the folder in its command line, as its working folder, or with a file open in it.
     Process(i32, String),
 }
@@ -105,6 +107,7 @@ pub fn leftovers(dir: &Path) -> Vec<Leftover> {
         .filter(|(point, source)| point.starts_with(dir) || loops.iter().any(|(device, _)| source == device))
         .map(|(point, _)| Leftover::Mount(point))
         .collect();
+    found.extend(notes(dir).into_iter().map(Leftover::Note));
     found.extend(loops.into_iter().map(|(device, file)| Leftover::Loop(device, file)));
     found.extend(processes(dir).into_iter().map(|(pid, what)| Leftover::Process(pid, what)));
     found
@@ -121,6 +124,10 @@ fn clean(dir: &Path) {
         match leftover {
             Leftover::Mount(point) => {
                 let _ = umount2(&point, MntFlags::MNT_DETACH);
+            }
+            Leftover::Note(point) => {
+                let words = ["--fake", "--no-canonicalize", "--"];
+                let _ = std::process::Command::new("umount").args(words).arg(point).status();
             }
             Leftover::Loop(device, _) => {
                 let _ = std::process::Command::new("losetup").arg("--detach").arg(device).status();
@@ -145,6 +152,17 @@ fn mounts() -> Vec<(PathBuf, PathBuf)> {
             let source = line.split_once(" - ")?.1.split(' ').nth(1)?;
             Some((unescape(point).into(), unescape(source).into()))
         })
+        .collect()
+}
+
+/// Mount points below `dir` in libmount's table that the kernel does not know.
+fn notes(dir: &Path) -> Vec<PathBuf> {
+    let mounted: Vec<_> = mounts().into_iter().map(|(point, _)| point).collect();
+    let table = fs::read_to_string("/run/mount/utab").unwrap_or_default();
+    let points = table.split_ascii_whitespace().filter_map(|field| field.strip_prefix("TARGET="));
+    points
+        .map(|p| unescape(p).into())
+        .filter(|p: &PathBuf| p.starts_with(dir) && !mounted.contains(p))
         .collect()
 }
 
