@@ -14,7 +14,7 @@ use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
     MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, companion,
-    device, loopdev, mounts, nbd, programs, signature, users,
+    device, loopdev, mounts, nbd, old_logs, programs, signature, users,
 };
 use crate::atomic_file::{FolderLock, replace};
 use crate::background::Background;
@@ -1057,7 +1057,12 @@ impl Host for LinuxHost {
         *self.known.borrow_mut() = None;
         let folder = self.dirs.volume_state(volume);
         access::remove(&folder)?;
-        remove(std::fs::remove_dir(&folder), &folder)
+        remove(std::fs::remove_dir(&folder), &folder)?;
+        // A time as good as any for looking at what earlier ones left; and no reason to fail.
+        if let Err(e) = old_logs::remove(&self.dirs, std::time::SystemTime::now()) {
+            tracing::warn!("{e}");
+        }
+        Ok(())
     }
 
     fn record_content(&self, volume: &VolumeId, content: Content, fs: Option<FsType>) -> Result<()> {

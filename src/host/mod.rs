@@ -28,6 +28,7 @@ pub mod linux;
 pub mod loopdev;
 pub mod mounts;
 pub mod nbd;
+pub mod old_logs;
 pub mod programs;
 pub mod signature;
 pub mod users;
