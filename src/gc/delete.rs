@@ -5,7 +5,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::Watch;
 use super::measure::glance;
 use super::sweep::{Lease, Outcome, finish};
-use super::verdict::{Patience, ago};
+use super::verdict::{Patience, age, ago};
 use crate::catalog::{Catalog, DataPrefix, MarkedBy, Objects, State, Tombstone, VolumeRecord, Written};
 use crate::error::{Error, Kind, Result};
 use crate::values::{ByteSize, VolumeId};
@@ -169,7 +169,7 @@ fn quiet(
     options: &DeleteOptions,
 ) -> Result<()> {
     let Some(newest) = newest else { return Ok(()) };
-    let age = now.duration_since(newest);
+    let age = age(newest, now);
     if written.is_some_and(|w| newest <= w) || age >= options.quiet {
         return Ok(());
     }

@@ -128,12 +128,11 @@ pub fn judge(e: &Evidence<'_>) -> Judgement {
     // A server that is in no catalog: an older driver's, or one that lost its volume.
     if let Some(newest) = e.facts.newest
         && newest > written
-        && e.now.duration_since(newest) < e.patience.quiet
     {
-        return say(
-            Verdict::Live,
-            format!("something wrote to it {} ago", ago(e.now.duration_since(newest))),
-        );
+        let age = age(newest, e.now);
+        if age < e.patience.quiet {
+            return say(Verdict::Live, format!("something wrote to it {} ago", ago(age)));
+        }
     }
     if let Some(mark) = mark
         && mark.manifest < e.facts.manifest
@@ -167,6 +166,14 @@ pub fn judge(e: &Evidence<'_>) -> Judgement {
         return say(Verdict::Live, format!("its record was written {} ago", ago(age)));
     }
     say(Verdict::Orphan, format!("nothing in cluster {cluster} refers to it"))
+}
+
+/// How long ago something was written. The store's Date has whole seconds, and its times of objects may be finer: what was
+/// written right now is not ahead of its clock.
+pub(super) fn age(written: Timestamp, now: Timestamp) -> SignedDuration {
+    let age = now.duration_since(written);
+    // Less than a whole second either way.
+    if age.as_secs() == 0 { age.max(SignedDuration::ZERO) } else { age }
 }
 
 /// A duration in at most two units, for people.
@@ -426,5 +433,14 @@ mod tests {
         ] {
             assert_eq!(ago(SignedDuration::from_secs(seconds)), text);
         }
+    }
+
+    #[test]
+    fn a_clock_of_whole_seconds_is_not_behind_what_was_just_written() {
+        let now: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
+        let ahead = |ms| age(now + SignedDuration::from_millis(ms), now);
+        assert_eq!(ahead(999), SignedDuration::ZERO);
+        assert_eq!(ahead(-1500), SignedDuration::from_millis(1500));
+        assert_eq!(ahead(1000), SignedDuration::from_secs(-1), "that clock is wrong");
     }
 }
