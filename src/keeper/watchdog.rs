@@ -291,7 +291,10 @@ impl Tail {
             // A rotation has moved what was before.
             Some(from) if from > len => 0,
             Some(from) => from,
-            None if len > LOG_LIMIT && self.rotate().is_ok() => 0,
+            None if len > LOG_LIMIT && self.rotate().is_ok() => {
+                self.emptied();
+                0
+            }
             None => len,
         };
         self.position = self.begin;
@@ -304,8 +307,8 @@ impl Tail {
         let mut found = Vec::new();
         let mut buffer = [0; 8192];
         if self.len() < self.position {
-            // Somebody truncated it.
-            (self.position, self.begin) = (0, 0);
+            // Somebody truncated it, and the blocks went with its end.
+            self.emptied();
             self.partial.clear();
         }
         loop {
@@ -324,7 +327,7 @@ impl Tail {
         }
         if self.position > LOG_LIMIT && self.position == self.len() {
             match self.rotate() {
-                Ok(()) => (self.position, self.begin) = (0, 0),
+                Ok(()) => self.emptied(),
                 Err(e) => tracing::warn!("cannot rotate {}: {e}", self.path.display()),
             }
         }
@@ -348,7 +351,7 @@ impl Tail {
         if matches!(&reserved, Err(e) if is_full(e)) && len > 0 && self.position == len {
             tracing::warn!("the disk is full: {} is emptied", self.path.display());
             self.file.set_len(0)?;
-            (self.position, self.begin) = (0, 0);
+            self.emptied();
             reserved = self.allocate(0);
         }
         reserved
@@ -365,10 +368,17 @@ impl Tail {
         Ok(())
     }
 
+    /// The log begins anew, and has no blocks yet.
+    fn emptied(&mut self) {
+        (self.position, self.begin, self.room) = (0, 0, 0);
+    }
+
+    /// Nobody writes to it any more.
     fn give_room_back(&mut self) {
-        // Blocks beyond the end go with any truncation, even one to the length that it has.
+        // Blocks beyond the end go with any truncation, even one to the length that it has. That wakes whoever follows the
+        // log, and none shall be reserved then.
+        self.room = u64::MAX;
         let _ = self.file.set_len(self.len());
-        self.room = 0;
     }
 
     fn compare(&mut self, mut bytes: &[u8], found: &mut Vec<Finding>) {
@@ -427,7 +437,6 @@ impl Tail {
             std::fs::remove_file(&old)?;
             return Err(e);
         }
-        self.room = 0;
         self.file.set_len(0)
     }
 }
@@ -608,8 +617,8 @@ mod tests {
         watch.drain();
         assert!(matches!(signs.try_recv(), Ok(Alarm::Log(1, Finding { sign: Sign::Closed, .. }))));
 
-        // Not even that much is left: nothing is started, and nothing goes on, that could not say what is wrong.
-        lock(&watch.tail).give_room_back();
+        // Not even that much is left: nothing is started, and nothing goes on, that could not say what is wrong. Whoever
+        // truncates a log takes its blocks, too.
         log.set_len(0).unwrap();
         fill();
         watch.drain();
@@ -620,6 +629,11 @@ mod tests {
         watch.begin(3, None).unwrap();
         assert!(log.metadata().unwrap().blocks() * 512 >= ROOM);
         watch.end();
-        assert_eq!(log.metadata().unwrap().blocks(), 0, "what was reserved is given back in the end");
+        watch.drain();
+        assert_eq!(
+            log.metadata().unwrap().blocks(),
+            0,
+            "what was reserved is given back in the end, and stays so"
+        );
     }
 }
