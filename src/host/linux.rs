@@ -14,7 +14,7 @@ use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
     MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, companion,
-    device, loopdev, mounts, nbd, old_logs, programs, signature, users,
+    device, loopdev, mounts, nbd, old_logs, programs, signature, users, utab,
 };
 use crate::atomic_file::{FolderLock, replace};
 use crate::background::Background;
@@ -606,9 +606,8 @@ impl LinuxHost {
             };
         }
         let name = Path::new(&source).file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let path = format!("/sys/block/{name}/loop/backing_file");
-        let file = std::fs::read_to_string(&path).doing("read", &path)?;
-        let Some(folder) = file.trim_end().strip_suffix("/fuse/disk") else { return Ok(()) };
+        let file = loopdev::backing(&name).doing("find the file behind", &source)?;
+        let Some(folder) = file.strip_suffix("/fuse/disk") else { return Ok(()) };
         let Some(keeper) = Identity::read(&Path::new(folder).join(keeper::PID_FILE)) else { return Ok(()) };
         tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
         if let Some(process) = Process::open(&keeper)? {
@@ -730,34 +729,6 @@ fn remove(result: std::io::Result<()>, path: &Path) -> Result<()> {
     match result {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).doing("remove", path),
         _ => Ok(()),
-    }
-}
-
-/// For the init system: it must be unmounted before the network goes, and before what serves the device.
-const NETDEV: &str = "_netdev";
-
-/// For the programs that only write into libmount's table.
-const NOTE_LIMIT: Duration = Duration::from_secs(10);
-
-/// Takes the mount out of libmount's table, as `umount` would with the mount itself. Without that the mount goes as well.
-fn forget_mount(target: &Path) {
-    let args = ["--fake", "--no-canonicalize", "--internal-only", "--"].map(OsStr::new);
-    warn_of(
-        target,
-        Program::Umount.run(&[&args, [target.as_os_str()].as_slice()].concat(), Some(NOTE_LIMIT)),
-    );
-}
-
-/// Notes it there again: it is still mounted.
-fn note_mount(target: &Path) {
-    let Some(entry) = mounts::table("self").ok().and_then(|table| mounts::at(&table, target)) else { return };
-    let args = ["--fake", "-t", &entry.fs, "-o", NETDEV, "--", &entry.source].map(OsStr::new);
-    warn_of(target, Program::Mount.run(&[&args, [target.as_os_str()].as_slice()].concat(), Some(NOTE_LIMIT)));
-}
-
-fn warn_of(target: &Path, result: Result<programs::Output>) {
-    if let Err(e) = result.and_then(programs::Output::success) {
-        tracing::warn!("libmount's table is wrong about {}: {e}", target.display());
     }
 }
 
@@ -1385,7 +1356,7 @@ impl Host for LinuxHost {
         options: &[String],
         read_only: bool,
     ) -> Result<()> {
-        let mut all = vec![if read_only { "ro" } else { "rw" }.to_owned(), NETDEV.to_owned()];
+        let mut all = vec![if read_only { "ro" } else { "rw" }.to_owned(), utab::NETDEV.to_owned()];
         all.extend(options.iter().cloned());
         let all = all.join(",");
         let args = [
@@ -1425,13 +1396,13 @@ impl Host for LinuxHost {
             dead = true;
         }
         // Before the unmount: a kill in between then leaves nothing that nobody would look for.
-        let noted = mounts::is_noted(target);
+        let noted = utab::is_noted(target);
         if noted {
-            forget_mount(target);
+            utab::forget(target);
         }
         let result = unmount_now(target, dead);
         if noted && result.is_err() {
-            note_mount(target);
+            utab::note(target);
         }
         result
     }

@@ -15,18 +15,22 @@ use crate::error::{Doing, Error, Kind, Result};
 use crate::host::Device;
 use crate::values::ByteSize;
 
+/// What the kernel says of the file behind the loop device of this name (`loop3`); free ones have none.
+pub fn backing(name: &str) -> std::io::Result<String> {
+    let text = std::fs::read_to_string(format!("/sys/block/{name}/loop/backing_file"))?;
+    Ok(text.trim_end_matches('\n').to_owned())
+}
+
 /// The loop device whose backing file is `file`, if there is one.
 pub fn find(file: &Path) -> Result<Option<Device>> {
     let entries = std::fs::read_dir("/sys/block").doing("read", "/sys/block")?;
     for entry in entries.flatten() {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|n| n.starts_with("loop")) else { continue };
-        // Free devices have no such file.
-        let Ok(backing) = std::fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
-        let backing = backing.trim_end_matches('\n');
-        if Path::new(backing) == file
+        let Ok(backing) = backing(name) else { continue };
+        if Path::new(&backing) == file
             || backing.strip_suffix(" (deleted)").is_some_and(|b| Path::new(b) == file)
-            || is_detached(backing, file) && has_label(name, file)
+            || is_detached(&backing, file) && has_label(name, file)
         {
             return device(name).map(Some);
         }

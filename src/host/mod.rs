@@ -32,6 +32,7 @@ pub mod old_logs;
 pub mod programs;
 pub mod signature;
 pub mod users;
+mod utab;
 
 /// A block device that shows a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
-use super::MountEntry;
+use super::{MountEntry, loopdev};
 use crate::error::{Doing, Result};
 use crate::keeper::fuse;
 
@@ -76,21 +76,6 @@ pub fn at(table: &[MountEntry], target: &Path) -> Option<MountEntry> {
     table.iter().rfind(|m| m.target == target).cloned()
 }
 
-/// Where libmount keeps the options of mounts that the kernel does not know, such as `_netdev`: what `mount` wrote there
-/// stays until it is told otherwise, and each further mount reads and writes all of it.
-const LIBMOUNT: &str = "/run/mount/utab";
-
-/// Whether libmount has noted something about a mount at `target`.
-pub fn is_noted(target: &Path) -> bool {
-    std::fs::read(LIBMOUNT).is_ok_and(|text| notes(&String::from_utf8_lossy(&text), target))
-}
-
-fn notes(text: &str, target: &Path) -> bool {
-    text.split_ascii_whitespace()
-        .filter_map(|field| field.strip_prefix("TARGET="))
-        .any(|noted| Path::new(&decode(noted)) == target)
-}
-
 /// Gives the calling thread, and what it starts, a view of the mounts without any keeper's disk and the filesystems on
 /// it, so that a program that asks about every mounted loop device cannot fail or hang for a keeper that is gone or
 /// stuck. For the rest of the thread's life: call it in one of its own. The mounts of everybody else stay as they are:
@@ -104,10 +89,7 @@ pub fn leave_disks_out() -> Result<()> {
     let is_disk = |m: &&MountEntry| m.fs == fuse::FS_NAME;
     let disks: Vec<_> = table.iter().filter(is_disk).collect();
     let on_disk = |m: &&MountEntry| {
-        let file =
-            m.source.strip_prefix("/dev/").filter(|name| name.starts_with("loop")).and_then(|name| {
-                std::fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()
-            });
+        let file = m.source.strip_prefix("/dev/").and_then(|name| loopdev::backing(name).ok());
         file.is_some_and(|f| disks.iter().any(|disk| Path::new(&f).starts_with(&disk.target)))
     };
     // Filesystems first: while one is here, no detach elsewhere can end it. One that is gone by now is no matter.
@@ -118,7 +100,7 @@ pub fn leave_disks_out() -> Result<()> {
 }
 
 /// Space, tab, newline and backslash are three octal digits in the table.
-fn decode(text: &str) -> String {
+pub(super) fn decode(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let bytes = text.as_bytes();
     let mut at = 0;
@@ -166,17 +148,6 @@ garbage
         assert!(at(&table, Path::new("/mnt/c")).unwrap().read_only);
         assert!(at(&table, Path::new("/mnt/d")).unwrap().read_only);
         assert!(!at(&table, Path::new("/")).unwrap().read_only);
-    }
-
-    #[test]
-    fn what_libmount_noted_is_found_exactly() {
-        let text =
-            "SRC=/dev/loop0 TARGET=/mnt/a\\040b ROOT=/ OPTS=_netdev\nSRC=/dev/loop1 TARGET=/mnt/c ROOT=/\n";
-        assert!(notes(text, Path::new("/mnt/a b")));
-        assert!(notes(text, Path::new("/mnt/c")));
-        for other in ["/mnt", "/mnt/c/d", "/mnt/a", "/dev/loop0", "_netdev"] {
-            assert!(!notes(text, Path::new(other)), "{other}");
-        }
     }
 
     #[test]

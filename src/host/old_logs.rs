@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use super::linux::Dirs;
 use crate::error::{Doing, Result};
 use crate::journal::Held;
+use crate::keeper::{KEEPER_LOG, ZEROFS_LOG};
 use crate::values::VolumeId;
 
 /// How long after the last line.
@@ -63,7 +64,7 @@ fn remove_logs(folder: &Path) -> Result<()> {
     for entry in std::fs::read_dir(folder).doing("read the folder", folder)? {
         let entry = entry.doing("read the folder", folder)?;
         let name = entry.file_name();
-        if name.to_str().is_some_and(|n| n.starts_with("zerofs.log") || n.starts_with("keeper.log")) {
+        if name.to_str().is_some_and(|n| n.starts_with(ZEROFS_LOG) || n.starts_with(KEEPER_LOG)) {
             std::fs::remove_file(entry.path()).doing("remove", entry.path())?;
         }
     }
