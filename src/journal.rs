@@ -10,6 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +33,7 @@ pub const VERSION: u32 = 1;
 pub(crate) const WATCH_LOCK: &str = "watch.lock";
 
 /// For how long a command waits for a volume on which the watcher is at work.
-const WATCHER_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
+const WATCHER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How a task went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -656,35 +657,36 @@ impl Lock {
         let path = lock_path(run_dir, volume);
         // A process that another thread of ours just forked has our locks, too, until its exec: an instant.
         let mut patience = 100;
-        let begun = std::time::Instant::now();
+        let own = std::process::id() as i32;
+        let begun = Instant::now();
+        let busy = |who: &str| {
+            Error::new(Kind::Busy, format!("another command is at work on it{who}"))
+                .on(volume)
+                .hint(format!("wait for it, or see what it does: zerofsctl show {volume}"))
+        };
         loop {
             let file = open_lock(&path).doing("open the lock", &path)?;
             match file.try_lock() {
                 Ok(()) => {}
-                Err(std::fs::TryLockError::WouldBlock)
-                    if patience > 0
-                        && holder(run_dir, volume).is_none_or(|pid| pid == std::process::id() as i32) =>
-                {
-                    patience -= 1;
-                    std::thread::sleep(std::time::Duration::from_millis(1));
-                    continue;
-                }
-                // It starts the next keeper, without which we could do nothing either.
-                Err(std::fs::TryLockError::WouldBlock)
-                    if begun.elapsed() < WATCHER_PATIENCE
-                        && holder(run_dir, volume)
-                            .is_some_and(|pid| lock_holder(&run_dir.join(WATCH_LOCK)) == Some(pid)) =>
-                {
-                    std::thread::sleep(std::time::Duration::from_millis(10));
-                    continue;
-                }
-                Err(std::fs::TryLockError::WouldBlock) => {
-                    let who = holder(run_dir, volume).map_or_else(String::new, |pid| format!(" (pid {pid})"));
-                    return Err(Error::new(Kind::Busy, format!("another command is at work on it{who}"))
-                        .on(volume)
-                        .hint(format!("wait for it, or see what it does: zerofsctl show {volume}")));
-                }
                 Err(std::fs::TryLockError::Error(e)) => return Err(e).doing("lock", &path),
+                Err(std::fs::TryLockError::WouldBlock) => {
+                    // Asked once: it may let go at any time, and nobody is no reason to give up.
+                    let held = holder(run_dir, volume);
+                    let watches = |pid| lock_holder(&run_dir.join(WATCH_LOCK)) == Some(pid);
+                    match held {
+                        Some(pid) if pid != own && begun.elapsed() < WATCHER_PATIENCE && watches(pid) => {
+                            // It starts the next keeper, without which we could do nothing either.
+                            std::thread::sleep(Duration::from_millis(10));
+                        }
+                        Some(pid) if pid != own => return Err(busy(&format!(" (pid {pid})"))),
+                        _ if patience == 0 => return Err(busy("")),
+                        _ => {
+                            patience -= 1;
+                            std::thread::sleep(Duration::from_millis(1));
+                        }
+                    }
+                    continue;
+                }
             }
             // The holder before us may have removed the file between our open and our lock.
             let ours = file.metadata().doing("stat", &path)?.ino();

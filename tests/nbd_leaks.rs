@@ -145,7 +145,7 @@ fn gc(node: &Node, when: &str) -> Vec<String> {
         .collect()
 }
 
-fn start(node: &Node, words: &[&str]) -> Child {
+fn start<S: AsRef<str>>(node: &Node, words: &[S]) -> Child {
     let quiet = node.dir.join("killed.log");
     let log = || File::create(&quiet).expect("the test's folder can be written");
     node.command(words).stdout(log()).stderr(log()).spawn().expect("the program starts")
@@ -187,37 +187,58 @@ fn spread(time: Duration, n: u32) -> Duration {
     time.mul_f64(f64::from(n) * 0.618_033_988_75 % 1.0)
 }
 
+/// A node whose volume vol1 holds something, the words that attach it over NBD, the file, and what must be in it.
+fn node_with_data() -> (Node, Vec<String>, PathBuf, Vec<u8>) {
+    let node = Node::new();
+    let m = node.target("m");
+    let attach = ["attach", "vol1", "--target", &m, "--size", "128Mi", "--fs", "ext4", "--transport", "nbd"];
+    let attach = attach.map(str::to_owned).to_vec();
+    node.ok(&attach);
+    let (file, bytes) = (Path::new(&m).join("data"), pattern(7, MIB as usize));
+    write_durably(&file, &bytes);
+    node.ok(&["detach", "vol1"]);
+    (node, attach, file, bytes)
+}
+
+/// Starts the attach of vol1, and returns in the instant in which its device is connected: the command, the keeper, its
+/// ZeroFS, and the device.
+fn start_and_see_it_connected(node: &Node, attach: &[String]) -> (Child, Identity, Pid, PathBuf) {
+    let backend = nbd::backend_id(&"vol1".parse().unwrap());
+    let command = start(node, attach);
+    let mut server = None;
+    wait_until("the attach has a ZeroFS", LONG, || {
+        server = node.processes().1.first().copied();
+        server.is_some()
+    });
+    let keeper = Identity::read(&node.run_root().join("volumes/vol1/keeper.pid")).expect("it has a keeper");
+    let begun = Instant::now();
+    let device = loop {
+        if let Some(device) = sysfs::named(&backend).unwrap().first() {
+            break device.path();
+        }
+        assert!(begun.elapsed() < LONG, "the attach connects no device");
+        std::thread::yield_now();
+    };
+    (command, keeper, Pid::from_raw(server.unwrap()), device)
+}
+
 /// What a command reads waits in the kernel, and so does the command; the volume is its own, so nobody else can help.
 #[test]
 fn nbd_a_command_whose_keeper_dies_starts_the_next_one_and_goes_on() {
     require_nbd();
     let alone = Baseline::take();
-    let node = Node::new();
-    let m = node.target("m");
-    let attach = ["attach", "vol1", "--target", &m, "--size", "128Mi", "--fs", "ext4", "--transport", "nbd"];
-    node.ok(&attach);
-    let (file, bytes) = (Path::new(&m).join("data"), pattern(7, MIB as usize));
-    write_durably(&file, &bytes);
-    node.ok(&["detach", "vol1"]);
-    let backend = nbd::backend_id(&"vol1".parse().unwrap());
+    let (node, attach, file, bytes) = node_with_data();
     let mut finished = 0;
     for n in 0..rounds(8, 40) {
-        let mut command = start(&node, &attach);
-        let connected = || !sysfs::named(&backend).unwrap().is_empty();
-        let begun = Instant::now();
-        while !connected() && begun.elapsed() < LONG {
-            std::thread::yield_now();
-        }
+        let (mut command, keeper, server, _) = start_and_see_it_connected(&node, &attach);
         std::thread::sleep(spread(Duration::from_millis(20), n));
         // So that what is read now stays on its way.
-        let server = Identity::read(&node.run_root().join("volumes/vol1/zerofs.pid"));
-        let stopped = server.is_some_and(|s| kill(Pid::from_raw(s.pid), Signal::SIGSTOP).is_ok());
+        kill(server, Signal::SIGSTOP).unwrap();
         std::thread::sleep(Duration::from_millis(20));
-        let when = format!("round {n}, ZeroFS stopped: {stopped}");
-        node.kill_of("vol1", Victim::Keeper);
-        if let Some(server) = Identity::read(&node.run_root().join("volumes/vol1/zerofs.pid")) {
-            let _ = kill(Pid::from_raw(server.pid), Signal::SIGCONT);
-        }
+        kill(Pid::from_raw(keeper.pid), Signal::SIGKILL).unwrap();
+        wait_until("the keeper is gone", LONG, || !keeper.is_alive());
+        kill(server, Signal::SIGCONT).unwrap();
+        let when = format!("round {n}");
         wait_until(&format!("{when}: the command ends"), LONG, || command.try_wait().unwrap().is_some());
         finished += u32::from(command.wait().unwrap().success());
         node.ok(&attach);
@@ -226,6 +247,53 @@ fn nbd_a_command_whose_keeper_dies_starts_the_next_one_and_goes_on() {
     }
     println!("{finished} commands went on to their end");
     assert!(finished > 0);
+    alone.assert_back();
+    node.assert_nothing_left("at the end");
+}
+
+/// Whether a keeper's child is setting the queue of the device, which waits for all I/O of the device.
+fn sets_the_queue(keeper: &Identity) -> bool {
+    let all = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+    all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).any(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // Pid, name, state, parent; the name is that of the thread that forked it.
+        stat.starts_with(&format!("{pid} (client) D {} ", keeper.pid))
+    })
+}
+
+/// Whoever opens a new device, as udev does at once, makes the kernel look for partitions; the child that sets the queue
+/// waits for that. When the keeper dies in this moment, its attach fails, and looks who uses the device: that waits, too.
+#[test]
+fn nbd_a_keeper_that_dies_while_the_queue_is_set_leaves_nobody_waiting() {
+    require_nbd();
+    let alone = Baseline::take();
+    let (node, attach, file, bytes) = node_with_data();
+    let (mut met, wanted) = (0, rounds(2, 10));
+    for n in 0..wanted * 20 {
+        if met == wanted {
+            break;
+        }
+        let when = format!("round {n}");
+        let (mut command, keeper, server, device) = start_and_see_it_connected(&node, &attach);
+        kill(server, Signal::SIGSTOP).unwrap();
+        let opener = std::thread::spawn(move || File::open(device).is_ok());
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(1) && !sets_the_queue(&keeper) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if sets_the_queue(&keeper) {
+            met += 1;
+            kill(Pid::from_raw(keeper.pid), Signal::SIGKILL).unwrap();
+            wait_until("the keeper is gone", LONG, || !keeper.is_alive());
+        }
+        kill(server, Signal::SIGCONT).unwrap();
+        wait_until(&format!("{when}: the command ends"), LONG, || command.try_wait().unwrap().is_some());
+        wait_until(&format!("{when}: the other's open ends"), LONG, || opener.is_finished());
+        node.ok(&attach);
+        assert_holds(&file, &bytes, &when);
+        node.ok(&["detach", "vol1"]);
+    }
+    assert_eq!(met, wanted, "a keeper was killed while its child waited");
     alone.assert_back();
     node.assert_nothing_left("at the end");
 }

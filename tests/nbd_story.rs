@@ -44,7 +44,7 @@ fn device(node: &Node, volume: &str) -> u32 {
 /// Writes and syncs block after block into a file, on a thread; an error of any of them fails the test.
 struct Writer {
     end: Arc<AtomicBool>,
-    thread: std::thread::JoinHandle<u64>,
+    thread: Option<std::thread::JoinHandle<u64>>,
 }
 
 impl Writer {
@@ -61,14 +61,21 @@ impl Writer {
             }
             blocks
         });
-        Writer { end, thread }
+        Writer { end, thread: Some(thread) }
     }
 
     /// Everything that was written and synced.
-    fn stop(self) -> Vec<u8> {
+    fn stop(mut self) -> Vec<u8> {
         self.end.store(true, Ordering::SeqCst);
-        let blocks = self.thread.join().expect("no write failed");
+        let blocks = self.thread.take().expect("it is stopped once").join().expect("no write failed");
         (0..blocks).flat_map(|n| pattern(n, 4096)).collect()
+    }
+}
+
+impl Drop for Writer {
+    /// A test that failed lets go of the filesystem, so that it can be taken down.
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::SeqCst);
     }
 }
 

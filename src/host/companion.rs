@@ -28,28 +28,27 @@ pub(super) fn start(dirs: &Dirs, node: &str, volume: &VolumeId) -> Result<Backgr
 
 fn look(dirs: &Dirs, node: &str, volume: &VolumeId, stop: &EventFd) {
     let run = dirs.volume_run(volume);
-    let mut alive = None;
-    while !stopped(stop, alive.as_ref()) {
-        let identity = Identity::read(&run.join(PID_FILE));
+    loop {
         // One that stopped by itself has removed its file. A doubt is looked at again.
-        let Some(identity) = identity else {
-            alive = None;
-            continue;
-        };
-        alive = Process::open(&identity).ok().flatten();
-        if alive.is_some() || !device::may_be_taken_over(&run, volume).unwrap_or(false) {
-            continue;
-        }
-        let taken = LinuxHost::saved(dirs, node, volume).and_then(|host| {
-            let waits = host.device(volume)?.life == Life::Waiting;
-            if waits {
-                tracing::warn!(%volume, "its keeper (pid {}) has died: starting the next one", identity.pid);
-                host.take_over(volume)?;
+        let identity = Identity::read(&run.join(PID_FILE));
+        let alive = identity.as_ref().and_then(|i| Process::open(i).ok().flatten());
+        if let (Some(identity), None) = (identity, &alive)
+            && device::may_be_taken_over(&run, volume).unwrap_or(false)
+        {
+            let taken = LinuxHost::saved(dirs, node, volume).and_then(|host| {
+                let waits = host.device(volume)?.life == Life::Waiting;
+                if waits {
+                    tracing::warn!(%volume, "its keeper (pid {}) has died: starting the next one", identity.pid);
+                    host.take_over(volume)?;
+                }
+                Ok(())
+            });
+            if let Err(e) = taken {
+                tracing::warn!(%volume, "the next keeper does not serve the device yet: {}", e.message());
             }
-            Ok(())
-        });
-        if let Err(e) = taken {
-            tracing::warn!(%volume, "the next keeper does not serve the device yet: {}", e.message());
+        }
+        if stopped(stop, alive.as_ref()) {
+            return;
         }
     }
 }

@@ -129,6 +129,7 @@ pub struct LinuxHost {
     force: bool,
     /// The device was failed by force.
     failed: RefCell<bool>,
+    /// Starts the next keeper of the volume that we are at work on.
     companion: RefCell<Option<Background>>,
 }
 
@@ -244,6 +245,15 @@ impl LinuxHost {
         };
         self.version.replace(Asked::Answered(version));
         Ok(version)
+    }
+
+    /// Starts the companion, unless there is one.
+    fn accompany(&self, volume: &VolumeId) -> Result<()> {
+        let mut at_work = self.companion.borrow_mut();
+        if at_work.is_none() {
+            *at_work = Some(companion::start(&self.dirs, &self.owner.node, volume)?);
+        }
+        Ok(())
     }
 
     fn client(&self, volume: &VolumeId) -> Result<KeeperClient> {
@@ -1175,8 +1185,10 @@ impl Host for LinuxHost {
     fn connect(&self, volume: &VolumeId, request: &ConnectRequest) -> Result<Device> {
         let mut client = self.client(volume)?.within(Duration::from_secs(600));
         if request.transport == Transport::Nbd {
+            // Before there is a device: a keeper that dies once the kernel has it leaves one that waits, and what looks
+            // at it then, to take it back, would wait as well.
+            self.accompany(volume)?;
             client.connect_nbd(&device::options(request))?;
-            self.look_after(volume)?;
             return self.nbd_device(volume);
         }
         let (folder, file) = self.dirs.fuse(volume);
@@ -1233,9 +1245,8 @@ impl Host for LinuxHost {
     }
 
     fn look_after(&self, volume: &VolumeId) -> Result<()> {
-        let mut at_work = self.companion.borrow_mut();
-        if at_work.is_none() && device::may_be_taken_over(&self.dirs.volume_run(volume), volume)? {
-            *at_work = Some(companion::start(&self.dirs, &self.owner.node, volume)?);
+        if device::may_be_taken_over(&self.dirs.volume_run(volume), volume)? {
+            self.accompany(volume)?;
         }
         Ok(())
     }

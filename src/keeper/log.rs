@@ -473,6 +473,8 @@ impl ReplayLog {
         fallocate(&file, FallocateFlags::empty(), 0, DATA as i64).map_err(|e| no_room(&path, e.into()))?;
         let len = (DATA + header.capacity) as usize;
         let map = MmapOptions::new().len(len).map_raw(&file).doing("map the replay log", &path)?;
+        // A mapping holds the file, and with it our lock: a child that outlives us would keep the next keeper out.
+        map.advise(memmap2::Advice::DontFork).doing("keep to this process", &path)?;
         let chunks = header.capacity.div_ceil(CHUNK) as usize;
         Ok(ReplayLog {
             path,
@@ -1066,6 +1068,20 @@ mod tests {
         let log = open(dir.path(), &who());
         assert_eq!(contents(&log), before);
         assert_eq!((log.device_size(), log.epoch(), log.live(), log.live_bytes()), (77, 3, 3, 517));
+    }
+
+    #[test]
+    fn a_child_that_outlives_the_keeper_does_not_keep_the_next_one_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = open(dir.path(), &who());
+        let (short, long) = (std::time::Duration::from_millis(20), std::time::Duration::from_secs(2));
+        let stuck = super::super::apart::run("sleep", short, || {
+            std::thread::sleep(long);
+            Ok(())
+        });
+        assert_eq!(stuck.unwrap_err().kind(), ErrorKind::Unreachable);
+        drop(log);
+        open(dir.path(), &who());
     }
 
     #[test]

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use zerofsctl::host::nbd::{self, netlink};
+use zerofsctl::keeper::device::Record;
 
 /// A folder with a short path (a unix socket's path has at most 107 bytes).
 ///
@@ -120,20 +122,31 @@ fn clean(dir: &Path) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
     }
+    // Without its keeper, an NBD device has everybody wait who looks at it, and nothing would ever end.
+    for run in entries(dir.join("r/volumes")) {
+        let volume = run.file_name().and_then(|name| name.to_str()?.parse().ok());
+        let record = Record::read(&run).ok().flatten();
+        if let (Some(volume), Some(record)) = (volume, record)
+            && let Ok(Some(device)) = record.device(&nbd::backend_id(&volume))
+        {
+            let _ = netlink::disconnect(device.index);
+        }
+    }
     for leftover in leftovers(dir).into_iter().rev() {
         match leftover {
             Leftover::Mount(point) => {
                 let _ = umount2(&point, MntFlags::MNT_DETACH);
             }
-            Leftover::Note(point) => {
-                let words = ["--fake", "--no-canonicalize", "--"];
-                let _ = std::process::Command::new("umount").args(words).arg(point).status();
-            }
             Leftover::Loop(device, _) => {
                 let _ = std::process::Command::new("losetup").arg("--detach").arg(device).status();
             }
-            Leftover::Process(..) => {}
+            Leftover::Note(_) | Leftover::Process(..) => {}
         }
+    }
+    // What libmount noted of the mounts.
+    for point in notes(dir) {
+        let words = ["--fake", "--no-canonicalize", "--"];
+        let _ = std::process::Command::new("umount").args(words).arg(point).status();
     }
     // A loop device goes only when its last mount has gone, which for a lazy unmount is a moment later.
     let began = Instant::now();

@@ -187,9 +187,10 @@ fn set_queue_in(block: &Path, index: u32, queue: &Queue) -> Result<()> {
         }
         None => Ok(()),
     };
+    // First: it holds for what is read from now on, and the others may have to wait for what is read already.
+    set("io_timeout", queue.io_timeout_ms.map(|n| n.min(u32::MAX.into()).to_string()))?;
     set("scheduler", queue.scheduler.clone())?;
     set("read_ahead_kb", queue.read_ahead_kib.map(|n| n.to_string()))?;
-    set("io_timeout", queue.io_timeout_ms.map(|n| n.min(u32::MAX.into()).to_string()))?;
     let limit = text(&dir.join("max_hw_sectors_kb"))?.and_then(|t| t.parse().ok()).unwrap_or(u64::MAX);
     set("max_sectors_kb", queue.max_request_kib.map(|n| n.min(limit).to_string()))
 }
