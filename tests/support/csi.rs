@@ -32,6 +32,8 @@ pub struct Driver {
     /// Its socket.
     pub socket: PathBuf,
     log: PathBuf,
+    /// How much its predecessors of the same node had said.
+    before: usize,
 }
 
 /// The words with which a driver is started, and its socket.
@@ -69,9 +71,10 @@ impl Driver {
     pub fn spawn(mut command: Command, socket: PathBuf, node: &Node) -> Driver {
         let log = node.dir.join("csi.log");
         let file = File::options().create(true).append(true).open(&log).expect("the log opens");
+        let before = fs::read_to_string(&log).expect("the log can be read").len();
         let child =
             command.stdout(file.try_clone().unwrap()).stderr(file).spawn().expect("the driver starts");
-        let mut driver = Driver { child, socket, log };
+        let mut driver = Driver { child, socket, log, before };
         let mut ended = None;
         wait_until("the driver serves", LIMIT, || {
             ended = driver.child.try_wait().expect("it is our child");
@@ -114,9 +117,8 @@ impl Driver {
         let mut found = None;
         wait_until("the driver tells its metrics' address", LIMIT, || {
             let log = self.log();
-            let mark = "metrics on http://";
-            let at = log.rfind(mark).map(|at| &log[at + mark.len()..]);
-            found = at.and_then(|rest| rest.split("/metrics").next()?.parse().ok());
+            let at = log[self.before..].split_once("metrics on http://");
+            found = at.and_then(|(_, rest)| rest.split("/metrics").next()?.parse().ok());
             found.is_some()
         });
         found.expect("it was waited for")
