@@ -674,7 +674,7 @@ impl Lock {
                     let held = holder(run_dir, volume);
                     let watches = |pid| lock_holder(&run_dir.join(WATCH_LOCK)) == Some(pid);
                     match held {
-                        Some(pid) if pid != own && begun.elapsed() < WATCHER_PATIENCE && watches(pid) => {
+                        Some(pid) if begun.elapsed() < WATCHER_PATIENCE && watches(pid) => {
                             // It starts the next keeper, without which we could do nothing either.
                             std::thread::sleep(Duration::from_millis(10));
                         }
@@ -726,6 +726,24 @@ mod tests {
 
     fn plan(operation: Operation, tasks: Vec<Task>) -> Plan {
         Plan { operation, volume: volume(), tasks }
+    }
+
+    #[test]
+    fn a_command_waits_for_the_watcher_also_for_one_in_its_own_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume: VolumeId = "vol1".parse().unwrap();
+        let watch = open_lock(&dir.path().join(WATCH_LOCK)).unwrap();
+        let held = Held::take(dir.path(), &volume).unwrap();
+        // Anybody else in this process is no watcher, and that is soon said.
+        assert_eq!(Held::take(dir.path(), &volume).unwrap_err().kind(), Kind::Busy);
+        watch.try_lock().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| Held::take(dir.path(), &volume).map(drop));
+            std::thread::sleep(Duration::from_millis(400));
+            assert!(!waiting.is_finished());
+            drop(held);
+            waiting.join().unwrap().unwrap();
+        });
     }
 
     #[test]

@@ -85,3 +85,4 @@ pub mod values;
 pub mod error;
 pub mod atomic_file;
 pub mod background;
+pub mod apart;

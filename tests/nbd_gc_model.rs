@@ -416,6 +416,10 @@ impl<'a> World for &'a Node {
         Ok(())
     }
 
+    fn leads_to(&self, _: &VolumeId) -> Result<Option<std::path::PathBuf>> {
+        Ok(None)
+    }
+
     fn left(&self, _: &VolumeId, _: Option<&Lock<'a>>) -> Result<Left> {
         Ok(Left::Nothing)
     }

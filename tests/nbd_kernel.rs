@@ -20,7 +20,9 @@ use rand::{Rng, SeedableRng};
 use support::dir::TestDir;
 use support::fio::FioJob;
 use support::forgetful::{Asks, Disk, Server};
-use support::vm::{Baseline, Block, Device, LONG, Mounted, Nbdkit, free_index, require_nbd, run, try_run};
+use support::vm::{
+    Baseline, Block, Device, LONG, Mounted, Nbdkit, disconnect, free_index, require_nbd, run, try_run,
+};
 use support::wait_until;
 use zerofsctl::error::Kind;
 use zerofsctl::host::nbd::{self, Support, netlink, sysfs};
@@ -70,7 +72,7 @@ fn nbd_smoke_a_device_on_four_sockets_takes_data_and_goes_away() {
     with_nbd(|dir| {
         let server = Nbdkit::file(dir, "server", 64 * MIB);
         let device = Device::connect(&server, 4, |c| {
-            c.backend = "zerofs:smoke";
+            c.backend = Some("zerofs:smoke");
             c.block_size = 4096;
         });
         let index = device.index();
@@ -130,7 +132,7 @@ fn nbd_smoke_a_foreign_device_shows_no_backend_and_keeps_its_index() {
 fn nbd_kernel_refuses_another_backend_and_the_device_works_on() {
     with_nbd(|dir| {
         let server = Nbdkit::file(dir, "server", 16 * MIB);
-        let device = Device::connect(&server, 1, |c| c.backend = "zerofs:a");
+        let device = Device::connect(&server, 1, |c| c.backend = Some("zerofs:a"));
         for other in ["zerofs:b", "zerofs:", "zerofs:a ", "zerofs:aa"] {
             let change = netlink::Reconfigure { backend: Some(other), ..Default::default() };
             let e = netlink::reconfigure(device.index(), &change).unwrap_err();
@@ -163,7 +165,7 @@ fn nbd_kernel_holds_io_of_a_dead_connection_until_new_sockets_come() {
         let mut server = Nbdkit::file(dir, "server", 16 * MIB);
         let dead = netlink::LinkDead::listen().unwrap();
         let device = Device::connect(&server, 4, |c| {
-            c.backend = "zerofs:held";
+            c.backend = Some("zerofs:held");
             c.dead_conn_timeout = Duration::from_secs(120);
         });
         let file = device.open_direct();
@@ -257,7 +259,7 @@ fn nbd_kernel_a_server_that_is_stopped_is_waited_for_without_an_error() {
 fn nbd_kernel_disconnects_a_mounted_device_so_only_we_can_refuse() {
     with_nbd(|dir| {
         let server = Nbdkit::memory(dir, "server", 64 * MIB);
-        let device = Device::connect(&server, 2, |c| c.backend = "zerofs:mounted");
+        let device = Device::connect(&server, 2, |c| c.backend = Some("zerofs:mounted"));
         let index = device.index();
         let mounted = Mounted::make(&device.path(), dir.join("mnt"), "ext4");
         fs::write(mounted.join("before"), "kept").unwrap();
@@ -357,7 +359,7 @@ fn nbd_kernel_carries_64_devices_at_once_and_each_keeps_its_own_data() {
         let server = Nbdkit::memory(dir, "server", 16 * MIB);
         let names: Vec<&str> = (0..DEVICES).map(|n| &*format!("zerofs:vol-{n}").leak()).collect();
         let devices: Vec<Device> =
-            names.iter().map(|name| Device::connect(&server, 1, |c| c.backend = name)).collect();
+            names.iter().map(|name| Device::connect(&server, 1, |c| c.backend = Some(name))).collect();
         let indices: BTreeSet<u32> = devices.iter().map(Device::index).collect();
         assert_eq!(indices.len() as u64, DEVICES);
         for (n, (device, name)) in devices.iter().zip(names).enumerate() {
@@ -444,7 +446,7 @@ fn nbd_kernel_takes_replies_in_pages_that_came_from_another_socket() {
             server_flags: server_flags(data.flags().unwrap(), NbdPath::Guarded, false),
             client_flags: 0,
             dead_conn_timeout: LONG,
-            backend: "zerofs:vol",
+            backend: Some("zerofs:vol"),
             sockets: &sockets,
         })
         .unwrap();
@@ -476,7 +478,7 @@ fn nbd_kernel_takes_replies_in_pages_that_came_from_another_socket() {
             .set("verify", "crc32c")
             .run(LONG)
             .assert_clean();
-        nbd::disconnect_and_wait(index, LONG).unwrap();
+        disconnect(index);
         data.close_nbd();
         data.flush().unwrap();
         assert_eq!(data.stats().errors, 0);

@@ -3,7 +3,7 @@
 //! root and a kernel with the nbd module: it runs in the virtual machine.
 //!
 //! A usual run has 12 rounds and races for 20 seconds; `make test-long PART=nbd-leaks` has 200 and 5 minutes, and
-//! `make bench-nbd` 1,000 rounds.
+//! `make bench-rounds` 1,000 rounds.
 
 mod support;
 
@@ -108,7 +108,10 @@ impl Foreign {
         for backend in
             ["", "zerofs", "zerofs:", "zerofs:../vol1", "ZEROFS:vol1", "zerofs:vol1 ", "xzerofs:vol1"]
         {
-            devices.push(Device::connect(&servers[2], 1, |c| c.backend = backend));
+            let device = Device::connect(&servers[2], 1, |c| c.backend = Some(backend));
+            let shown = fs::read_to_string(format!("/sys/block/nbd{}/backend", device.index()));
+            assert_eq!(shown.expect("the kernel shows it"), format!("{backend}\n"));
+            devices.push(device);
         }
         let states = devices.iter().map(Device::state).collect();
         Foreign { servers, devices, states, mount, load, dir }
@@ -153,32 +156,46 @@ fn start<S: AsRef<str>>(node: &Node, words: &[S]) -> Child {
 
 /// Who dies in the middle of an attach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Death {
-    Zerofs,
-    Command,
-    Keeper,
-    All,
+struct Death {
+    zerofs: bool,
+    keeper: bool,
+    command: bool,
 }
 
-const DEATHS: [Death; 4] = [Death::Zerofs, Death::Command, Death::Keeper, Death::All];
+/// All that there are; ZeroFS dies in the first four.
+const DEATHS: [Death; 6] = [
+    Death { zerofs: true, keeper: false, command: false },
+    Death { zerofs: true, keeper: false, command: true },
+    Death { zerofs: true, keeper: true, command: false },
+    Death { zerofs: true, keeper: true, command: true },
+    Death { zerofs: false, keeper: true, command: false },
+    Death { zerofs: false, keeper: false, command: true },
+];
 
 impl Death {
-    /// Waits until the attach is at this instant, kills, and returns when the command has ended too.
-    fn strike(self, node: &Node, mut attach: Child, volume: &str, instant: Duration) {
+    /// Waits until the attach is at this instant and has those who are to die, kills, and returns when the command has
+    /// ended too. Whether that was in the middle of the attach.
+    fn strike(self, node: &Node, mut attach: Child, volume: &str, instant: Duration) -> bool {
+        let mut ended = || attach.try_wait().expect("a child can be asked").is_some();
         std::thread::sleep(instant);
-        if matches!(self, Death::Command | Death::All) {
+        wait_until("the attach has who is to die, or has ended", LONG, || {
+            let (keepers, servers) = node.processes_of(volume);
+            ended() || !(self.keeper && keepers.is_empty() || self.zerofs && servers.is_empty())
+        });
+        let mut met = !ended();
+        if self.command {
             let _ = attach.kill();
         }
-        node.kill_of(
-            volume,
-            match self {
-                Death::Zerofs => Victim::Zerofs,
-                Death::Command => Victim::Nobody,
-                Death::Keeper => Victim::Keeper,
-                Death::All => Victim::Both,
-            },
-        );
+        if let Some(victim) = match (self.zerofs, self.keeper) {
+            (true, true) => Some(Victim::Both),
+            (true, false) => Some(Victim::Zerofs),
+            (false, true) => Some(Victim::Keeper),
+            (false, false) => None,
+        } {
+            met &= node.kill_of(volume, victim);
+        }
         attach.wait().expect("a child can be waited for");
+        met
     }
 }
 
@@ -318,12 +335,20 @@ fn nbd_rounds_of_attach_and_detach_killed_half_way_leak_nothing_and_touch_nobody
             ["attach", &volume, "--target", &m, "--size", "128Mi", "--fs", "ext4", "--transport", "nbd"];
         let mut when = format!("round {n}, {volume}");
         if n % 2 == 1 {
-            let death = DEATHS[n as usize / 2 % DEATHS.len()];
-            // To a little after its end, too.
-            let instant = spread(takes.mul_f64(1.1), n);
-            when = format!("{when}, {death:?} at {instant:?} of {takes:?}");
-            death.strike(&node, start(&node, &attach), &volume, instant);
-            killed += 1;
+            let death = DEATHS[n as usize / 2 % 4];
+            let mut attempts = 0;
+            loop {
+                let instant = spread(takes, n + attempts);
+                let struck = death.strike(&node, start(&node, &attach), &volume, instant);
+                if struck {
+                    when = format!("{when}, {death:?} at {instant:?} of {takes:?}");
+                    killed += 1;
+                    break;
+                }
+                attempts += 1;
+                assert!(attempts < 20, "{when}: every kill comes too late");
+                node.ok(&["detach", &volume]);
+            }
             // What is typed next, or runs by itself.
             match n / 2 % 3 {
                 0 => collected += gc(&node, &when).len(),
@@ -358,6 +383,7 @@ fn nbd_rounds_of_attach_and_detach_killed_half_way_leak_nothing_and_touch_nobody
         before.assert_back();
         foreign.assert_untouched(&when);
     }
+    assert_eq!(killed, rounds / 2, "every second attach lost its ZeroFS half-way");
     assert_eq!(gc(&node, "at the end"), Vec::<String>::new(), "nothing is left to collect");
     foreign.disconnect("at the end");
     alone.assert_back();
@@ -412,7 +438,8 @@ impl Race<'_> {
             let device = self.node.found(volume)["device"]["path"].clone();
             let load = Verifier::start(Path::new(&m).join("load"));
             load.assert_going_on(&when);
-            self.node.kill_of(volume, [Victim::Keeper, Victim::Zerofs, Victim::Both][n as usize % 3]);
+            let victim = [Victim::Keeper, Victim::Zerofs, Victim::Both][n as usize % 3];
+            assert!(self.node.kill_of(volume, victim), "{when}: {victim:?} was there");
             let bytes = pattern(u64::from(n), MIB as usize);
             write_durably(&file, &bytes);
             load.assert_going_on(&when);
@@ -441,7 +468,21 @@ impl Race<'_> {
                 let point = ["connect:applied", "connect:after"][n as usize / 2 % 2];
                 let killed = Answer::of(self.node.command(&words).env("ZEROFSCTL_TEST_KILL", point));
                 assert!(killed.signal == Some(9) || killed.code == Some(11), "{when}: {killed:#?}");
+                // With its run folder gone, no watcher and no command knows of the device any more.
+                let (run, lost) = (self.node.run_root(), self.node.dir.join(format!("lost-{volume}")));
+                let lose = killed.signal == Some(9);
+                if lose {
+                    fs::rename(run.join("volumes").join(volume), &lost).expect("it has a run folder");
+                }
                 self.node.kill_of(volume, Victim::Both);
+                if lose {
+                    fs::remove_dir_all(&lost).expect("nobody writes to it");
+                }
+                if n == 0 {
+                    let backend = nbd::backend_id(&volume.parse().unwrap());
+                    let gone = || sysfs::named(&backend).unwrap().is_empty();
+                    wait_until(&format!("{when}: gc takes the leak"), LONG, || !self.goes_on() || gone());
+                }
             } else {
                 let death = DEATHS[n as usize / 2 % DEATHS.len()];
                 death.strike(self.node, start(self.node, &words), volume, spread(takes, n));
@@ -525,6 +566,8 @@ fn nbd_race_of_gc_with_attach_detach_kills_and_the_watcher_takes_leaks_and_nothi
     kill(Pid::from_raw(watch.id() as i32), Signal::SIGTERM).unwrap();
     let ended = watch.wait().unwrap();
     assert!(ended.success(), "{}", fs::read_to_string(&log).unwrap());
+    let rest = gc(&node, "after the race");
+    assert!(rest.iter().all(|v| leaky.contains(&v.as_str())), "{rest:?}");
     // A leak that nobody watches any more goes by gc alone.
     let volume = leaky[0];
     let words = ["attach", volume, "--target", &node.target(volume), "--transport", "nbd"];
@@ -543,4 +586,5 @@ fn nbd_race_of_gc_with_attach_detach_kills_and_the_watcher_takes_leaks_and_nothi
     assert!(errors.is_empty(), "{errors:#?}");
     let collected = collected.into_inner().unwrap();
     println!("{} looks of gc, {} leaks collected", looks.load(Ordering::SeqCst), collected.len());
+    assert!(!collected.is_empty(), "gc has taken no leak while it was raced");
 }

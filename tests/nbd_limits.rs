@@ -45,7 +45,7 @@ impl Drop for Module {
 }
 
 /// A device of nobody's, with the server's end of its socket.
-fn connect(backend: &str) -> (u32, UnixStream) {
+fn connect(backend: Option<&str>) -> (u32, UnixStream) {
     let (kernel, server) = UnixStream::pair().unwrap();
     let index = netlink::connect(&netlink::Connect {
         index: None,
@@ -75,7 +75,7 @@ fn nbd_machine_the_module_is_loaded_when_it_is_needed_and_nbds_max_is_no_limit()
     // Both devices that it was loaded with are taken: the kernel makes a third.
     run("modprobe", &["--remove", "nbd"]);
     run("modprobe", &["nbd", "nbds_max=2"]);
-    let taken = [connect("other-1"), connect("other-2")];
+    let taken = [connect(Some("other-1")), connect(Some("other-2"))];
     node.ok(&attach);
     let device = sysfs::named("zerofs:vol1").unwrap().pop().expect("it is connected");
     assert!(device.index >= 2, "{device:?}");
@@ -84,7 +84,7 @@ fn nbd_machine_the_module_is_loaded_when_it_is_needed_and_nbds_max_is_no_limit()
     node.ok(&["detach", "vol1"]);
     for (index, server) in taken {
         drop(server);
-        nbd::disconnect_and_wait(index, support::vm::LONG).unwrap();
+        support::vm::disconnect(index);
     }
     node.assert_nothing_left("at the end");
 }
@@ -98,7 +98,7 @@ fn nbd_long_machine_an_attach_beyond_the_last_device_number_fails_at_once_and_sa
     let files = u64::from(2 * limit);
     setrlimit(Resource::RLIMIT_NOFILE, files, files).unwrap();
     let begun = Instant::now();
-    let mut taken: Vec<_> = (0..limit).map(|_| connect("other")).collect();
+    let mut taken: Vec<_> = (0..limit).map(|_| connect(Some("other"))).collect();
     println!("{limit} devices connected in {:.1?}", begun.elapsed());
     assert_eq!(nbd::capacity().unwrap().remaining(), 0);
 
@@ -113,7 +113,7 @@ fn nbd_long_machine_an_attach_beyond_the_last_device_number_fails_at_once_and_sa
     // One goes, and its place is taken.
     let (index, server) = taken.pop().unwrap();
     drop(server);
-    nbd::disconnect_and_wait(index, support::vm::LONG).unwrap();
+    support::vm::disconnect(index);
     node.ok(&attach);
     assert_eq!(nbd::capacity().unwrap().remaining(), 0);
     node.ok(&["detach", "vol1"]);

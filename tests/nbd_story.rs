@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -303,6 +304,49 @@ fn nbd_a_raw_device_waits_and_without_a_server_is_freed_by_force() {
         File::open(&link).unwrap().read_exact_at(&mut read, at).unwrap();
         assert!(read == bytes, "what was synced at {at} is there");
     }
+    node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("at the end");
+}
+
+/// The first to open it would wait for the partition table: so the question who uses it must not.
+#[test]
+fn nbd_a_raw_device_that_nobody_has_opened_is_freed_without_its_server() {
+    let node = node();
+    let before = connected();
+    let link = node.target("disk");
+    node.ok(&["attach", "vol1", "--target", &link, "--size", "256Mi", "--block", "--transport", "nbd"]);
+    let (store, away) = (node.state().join("store"), node.state().join("store.away"));
+    fs::rename(&store, &away).unwrap();
+    fs::write(&store, b"not a folder").unwrap();
+    assert!(node.kill(Victim::Both));
+    let mut detach = node.command(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
+    let mut detach = detach.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the detach ends", LONG, || detach.try_wait().unwrap().is_some());
+    assert_eq!(connected(), before, "the device is free");
+    fs::remove_file(&store).unwrap();
+    fs::rename(&away, &store).unwrap();
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("once the store is back");
+}
+
+/// Whoever got its index next would be written to by the users of the link.
+#[test]
+fn nbd_gc_leaves_the_device_that_a_link_still_leads_to() {
+    let node = node();
+    let before = connected();
+    let link = node.target("disk");
+    node.ok(&["attach", "vol1", "--target", &link, "--size", "256Mi", "--block", "--transport", "nbd"]);
+    assert!(node.kill(Victim::Both));
+    let answer = node.json(&["nbd", "gc", "--older-than", "0s", "--yes"]);
+    let items = answer["devices"].as_array().unwrap();
+    let ours = items.iter().find(|i| i["device"]["volume"] == "vol1").unwrap_or_else(|| panic!("{answer:#}"));
+    assert_eq!(ours["device"]["verdict"], "ours-leaked", "{ours:#}");
+    assert_eq!(ours["fate"]["outcome"], "kept", "{ours:#}");
+    assert!(ours["fate"]["why"].as_str().unwrap().contains(&link), "{ours:#}");
+    assert_eq!(connected(), before + 1);
+    node.ok(&["recover", "vol1"]);
+    File::open(&link).unwrap().read_exact_at(&mut [0; 4096], 0).unwrap();
     node.ok(&["detach", "vol1"]);
     assert_eq!(connected(), before);
     node.assert_nothing_left("at the end");

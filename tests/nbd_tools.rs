@@ -64,7 +64,7 @@ fn fates(answer: &Value) -> Vec<(u64, String)> {
 fn connect(server: &Nbdkit, backend: &str) -> Device {
     // The name lives as long as the program: a handful of bytes for each test.
     let backend: &'static str = Box::leak(backend.to_owned().into_boxed_str());
-    Device::connect(server, 1, |c| c.backend = backend)
+    Device::connect(server, 1, |c| c.backend = Some(backend))
 }
 
 /// A device of a volume whose server has been killed.

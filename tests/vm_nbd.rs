@@ -15,6 +15,7 @@ use support::wait_until;
 use zerofsctl::error::Kind;
 use zerofsctl::host::nbd::{self, netlink, sysfs};
 use zerofsctl::keeper::control::{ConnectOptions, NbdPath, NbdStatus, State};
+use zerofsctl::keeper::device::queue;
 use zerofsctl::zerofs::ninep;
 
 fn run(program: &str, args: &[&str]) -> String {
@@ -102,7 +103,7 @@ impl Disk<'_> {
     }
 
     fn kill_zerofs(&self) {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.zerofs()), Signal::SIGKILL);
+        signal(self.zerofs(), Signal::SIGKILL);
     }
 
     fn kill_keeper(&self) {
@@ -150,10 +151,15 @@ fn vm_nbd_the_whole_story_with_every_process_killed_once() {
 
     let dir = disk.mount();
     write_and_sync(&dir.join("a"), 1);
+    let killed = disk.zerofs();
     disk.kill_zerofs();
     write_and_sync(&dir.join("b"), 2);
+    assert_ne!(disk.zerofs(), killed);
     assert!(holds(&dir.join("a"), 1) && holds(&dir.join("b"), 2));
 
+    // As a keeper leaves it that is killed before it has come to the queue.
+    let kernels = sysfs::Queue { io_timeout_ms: Some(30_000), ..sysfs::Queue::default() };
+    sysfs::set_queue(disk.index, &kernels).unwrap();
     disk.kill_keeper();
     let (path, writer) = (dir.join("c"), std::thread::spawn);
     let waiting = writer(move || write_and_sync(&path, 3));
@@ -162,6 +168,8 @@ fn vm_nbd_the_whole_story_with_every_process_killed_once() {
     disk.next_keeper(1);
     waiting.join().unwrap();
     assert!(holds(&dir.join("a"), 1) && holds(&dir.join("b"), 2) && holds(&dir.join("c"), 3));
+    let wanted = queue(NbdPath::Guarded).io_timeout_ms;
+    wait_until("the queue is set", LONG, || sysfs::queue(disk.index).unwrap().io_timeout_ms == wanted);
 
     let (path, zerofs) = (dir.join("d"), disk.zerofs());
     disk.kill_keeper();
@@ -183,20 +191,27 @@ fn vm_nbd_a_keeper_killed_while_it_takes_over_is_followed_by_one_that_succeeds()
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
     let dir = disk.mount();
     write_and_sync(&dir.join("a"), 1);
-    let mut reconnects = 0;
+    let mut half_way = 0;
     for millis in [0, 20, 60, 150, 300, 600] {
+        let zerofs = disk.zerofs();
         disk.kill_keeper();
+        if millis == 0 {
+            // So that at least this one is not over too soon.
+            signal(zerofs, Signal::SIGSTOP);
+        }
         let path = dir.join(format!("f{millis}"));
         let waiting = std::thread::spawn(move || write_and_sync(&path, 7));
         start(&v.config);
         std::thread::sleep(Duration::from_millis(millis));
-        reconnects = reconnects.max(disk.status().reconnects);
+        half_way += u32::from(disk.status().connections == 0);
         disk.kill_keeper();
+        signal(zerofs, Signal::SIGCONT);
         start(&v.config);
         wait_until("the device is taken over", LONG, || disk.status().connections == 1);
         waiting.join().unwrap();
         assert!(holds(&dir.join(format!("f{millis}")), 7));
     }
+    assert!(half_way > 0, "every take-over was over before its keeper was killed");
     assert!(holds(&dir.join("a"), 1));
     disk.detach();
 }
@@ -229,12 +244,17 @@ fn vm_nbd_a_keeper_killed_before_it_knew_the_index_is_followed_by_one_that_knows
     assert_ne!(other, disk.index);
     client(&v.config).within(LONG).disconnect(false).unwrap();
     assert!(sysfs::one(disk.index).unwrap().unwrap().connected, "it was left alone");
-    nbd::disconnect_and_wait(disk.index, LONG).unwrap();
+    // Nor does anybody disconnect it who means the connection that had the index before.
+    let device = sysfs::one(disk.index).unwrap().unwrap();
+    let before = sysfs::NbdDevice { pid: device.pid.map(|pid| pid + 1), ..device.clone() };
+    nbd::disconnect_and_wait(&before, LONG).unwrap();
+    assert!(sysfs::one(disk.index).unwrap().unwrap().connected, "it was left alone");
+    nbd::disconnect_and_wait(&device, LONG).unwrap();
     stop(&v.config);
 }
 
 #[test]
-fn vm_nbd_a_device_grows_while_it_is_mounted_and_never_shrinks() {
+fn vm_nbd_a_device_grows_while_it_is_mounted() {
     let v = Volume::new();
     let mut disk = Disk::attach(&v, &ConnectOptions::default());
     let dir = disk.mount();
@@ -306,6 +326,31 @@ fn vm_nbd_a_fenced_volume_fails_its_device_and_lets_it_be_detached() {
     nothing_left(&v.config);
 }
 
+/// The program is one whose reads are zeros once it is closed, told as one that has not that fault: so nothing is read
+/// while it ends.
+#[test]
+fn vm_nbd_the_direct_path_is_connected_again_when_its_zerofs_has_ended_cleanly() {
+    let mut v = Volume::new();
+    v.config.zerofs_version = "2.3.0".parse().unwrap();
+    let disk = Disk::attach(&v, &ConnectOptions { path: NbdPath::Direct, ..ConnectOptions::default() });
+    let file = File::options().read(true).write(true).open(disk.device()).unwrap();
+    file.write_all_at(&[5; 4096], 0).unwrap();
+    file.sync_all().unwrap();
+    let ended = disk.zerofs();
+    signal(ended, Signal::SIGTERM);
+    wait_until("the device has new sockets", LONG, || disk.status().reconnects == 1);
+    assert_ne!(disk.zerofs(), ended);
+    assert_eq!(disk.status().failed, None);
+    file.write_all_at(&[6; 4096], 4096).unwrap();
+    file.sync_all().unwrap();
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    let mut read = [0; 8192];
+    file.read_exact_at(&mut read, 0).unwrap();
+    assert!(read[..4096] == [5; 4096] && read[4096..] == [6; 4096]);
+    drop(file);
+    disk.detach();
+}
+
 #[test]
 fn vm_nbd_the_direct_path_fails_its_device_when_zerofs_dies_and_outlives_its_keeper() {
     let v = Volume::new();
@@ -365,7 +410,7 @@ fn vm_nbd_read_only_a_taken_index_and_a_wrong_backend_are_refused_by_the_kernel(
         server_flags: 1,
         client_flags: 0,
         dead_conn_timeout: Duration::ZERO,
-        backend: "zerofs:other",
+        backend: Some("zerofs:other"),
         sockets: &[std::os::fd::AsFd::as_fd(&a)],
     };
     let e = netlink::connect(&taken).unwrap_err();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use zerofsctl::host::nbd::sysfs::Queue;
-use zerofsctl::host::nbd::{self, netlink, sysfs};
+use zerofsctl::host::nbd::{netlink, sysfs};
 use zerofsctl::keeper::control::NbdPath;
 use zerofsctl::keeper::device::{GUARDED_SOCKETS, direct_socket, queue, server_flags, sockets_of};
 use zerofsctl::keeper::path::DataPath;
@@ -22,7 +22,7 @@ use crate::command::Zerofsctl;
 use crate::floor::{Floor, run};
 use crate::support::dir::TestDir;
 use crate::support::fio::FioJob;
-use crate::support::vm::{free_index, require_nbd};
+use crate::support::vm::{disconnect, free_index, require_nbd};
 use crate::support::wait_until;
 use crate::transport::{Keeper, Memory, data_path};
 use crate::{Scale, against_least, against_most, head, median, row, say};
@@ -297,7 +297,7 @@ impl Attached {
 impl Drop for Attached {
     fn drop(&mut self) {
         if let Attached::Kernel { index, data } = self {
-            nbd::disconnect_and_wait(*index, LIMIT).expect("the kernel lets go of the device");
+            disconnect(*index);
             if let Some(data) = data {
                 data.close_nbd();
                 data.flush().expect("the server answers");
@@ -316,7 +316,7 @@ fn connect(path: NbdPath, sockets: &[UnixStream], flags: TransmissionFlags, size
         server_flags: server_flags(flags, path, false),
         client_flags: 0,
         dead_conn_timeout: Duration::from_secs(600),
-        backend: "",
+        backend: None,
         sockets: &sockets,
     })
     .expect("the kernel connects a device");

@@ -83,10 +83,8 @@ pub(super) fn let_fail(run: &Path, volume: &VolumeId) -> Result<()> {
     if Identity::read(&run.join(keeper::PID_FILE)).is_some_and(|i| i.is_alive()) {
         return Ok(());
     }
-    let Some(index) = of_record(&record, volume)?.and_then(|d| sysfs::index_of(&d.path)) else {
-        return Ok(());
-    };
-    match nbd::disconnect_and_wait(index, Duration::from_secs(2)) {
+    let Some(device) = record.device(&nbd::backend_id(volume))? else { return Ok(()) };
+    match nbd::disconnect_and_wait(&device, Duration::from_secs(2)) {
         Err(e) if e.kind() != Kind::Busy => Err(e),
         _ => Ok(()),
     }
@@ -104,10 +102,8 @@ pub(super) fn disconnect(
     if let Some(keeper) = keeper {
         keeper.within(Duration::from_secs(120)).disconnect(dead)?;
     }
-    if let Some(device) = of_record(&record, volume)?
-        && let Some(index) = sysfs::index_of(&device.path)
-    {
-        nbd::disconnect_and_wait(index, LET_GO)?;
+    if let Some(device) = record.device(&nbd::backend_id(volume))? {
+        nbd::disconnect_and_wait(&device, LET_GO)?;
     } else if let Some(index) = record.index
         && sysfs::one(index)?.is_some_and(|d| !d.connected)
     {

@@ -607,10 +607,11 @@ impl LinuxHost {
             return Ok(());
         };
         if let Some(index) = nbd::sysfs::index_of(Path::new(&source)) {
+            let Some(device) = nbd::sysfs::one(index)? else { return Ok(()) };
             tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
             *self.failed.borrow_mut() = true;
             // The mount still holds it: it is free only after the unmount.
-            return match nbd::disconnect_and_wait(index, Duration::from_secs(2)) {
+            return match nbd::disconnect_and_wait(&device, Duration::from_secs(2)) {
                 Err(e) if e.kind() != Kind::Busy => Err(e),
                 _ => Ok(()),
             };
@@ -675,23 +676,27 @@ impl LinuxHost {
         if table.iter().filter(|m| m.source == source).count() > 1 {
             return Ok(());
         }
-        let mut child = Program::Sync.spawn(&[OsStr::new("--file-system"), target.as_os_str()])?;
-        let ended = programs::wait(&mut child, Some(self.patience), &mut |elapsed| {
-            (self.progress)("write out what is cached", elapsed.as_secs(), Some(self.patience.as_secs()));
-        });
-        match ended {
+        // The device too: a filesystem that has nothing to write may leave it alone, and yet write when it is unmounted.
+        for words in [&[OsStr::new("--file-system"), target.as_os_str()] as &[&OsStr], &[OsStr::new(&source)]]
+        {
+            let mut child = Program::Sync.spawn(words)?;
+            let ended = programs::wait(&mut child, Some(self.patience), &mut |elapsed| {
+                (self.progress)("write out what is cached", elapsed.as_secs(), Some(self.patience.as_secs()));
+            });
             // What could not be written is for the unmount to find out.
-            Ok(Some(_)) | Err(_) => Ok(()),
-            Ok(None) => Err(Error::new(
-                Kind::Interrupted,
-                format!(
-                    "what is cached of {} could not be written out within {} s: its storage does not take it",
-                    target.display(),
-                    self.patience.as_secs()
-                ),
-            )
-            .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force")),
+            if let Ok(None) = ended {
+                return Err(Error::new(
+                    Kind::Interrupted,
+                    format!(
+                        "what is cached of {} could not be written out within {} s: its storage does not take it",
+                        target.display(),
+                        self.patience.as_secs()
+                    ),
+                )
+                .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"));
+            }
         }
+        Ok(())
     }
 
     /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only

@@ -28,7 +28,8 @@ use super::control::{ConnectOptions, NbdPath, NbdStatus, State};
 use super::path::DataPath;
 use super::process::{Exit, boot_id, write_json};
 use super::service::{Shared, stopping_error};
-use super::{apart, lock, thread};
+use super::{lock, thread};
+use crate::apart;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::nbd::sysfs::NbdDevice;
 use crate::host::nbd::{self, netlink, sysfs};
@@ -298,7 +299,7 @@ impl Shared {
                 server_flags: server_flags(flags, record.path, record.read_only),
                 client_flags: 0,
                 dead_conn_timeout: record.limit(),
-                backend: &backend,
+                backend: Some(&backend),
                 sockets: &sockets,
             })
         });
@@ -356,6 +357,19 @@ impl Shared {
         }
     }
 
+    /// The earlier keeper may have ended before it had done that.
+    fn tune_if_need_be(&self) {
+        let Some(Record { index: Some(index), path, .. }) = self.device.record() else { return };
+        let (is, wanted) = (sysfs::queue(index), queue(path));
+        let done = |is: &sysfs::Queue| {
+            (&is.scheduler, is.io_timeout_ms) == (&wanted.scheduler, wanted.io_timeout_ms)
+                && is.read_ahead_kib == wanted.read_ahead_kib
+        };
+        if !is.is_ok_and(|is| done(&is)) {
+            self.tune(index, path);
+        }
+    }
+
     /// Counts and logs what the kernel tells of dead sockets, from now on.
     fn listen_for_dead_links(self: &Arc<Self>) {
         if self.device.listening.swap(true, Ordering::SeqCst) {
@@ -407,7 +421,7 @@ impl Shared {
                 None => return,
             };
             match self.hand_over(fenced) {
-                Ok(()) => return,
+                Ok(()) => return self.tune_if_need_be(),
                 Err(e) if e.kind() == Kind::NotFound => {
                     error!("{e}");
                     self.data.close_nbd();
@@ -547,11 +561,12 @@ impl Shared {
     pub(super) fn disconnect_nbd(&self, force: bool) -> Result<()> {
         let Some(record) = self.device.record() else { return Ok(()) };
         match (record.device(&self.backend())?, record.index) {
-            (Some(NbdDevice { index, .. }), _) => {
+            (Some(device), _) => {
+                let index = device.index;
                 if !force && record.failed.is_none() {
                     self.flush_device(index)?;
                 }
-                nbd::disconnect_and_wait(index, LET_GO_LIMIT)?;
+                nbd::disconnect_and_wait(&device, LET_GO_LIMIT)?;
                 info!("/dev/nbd{index} is disconnected");
             }
             (None, Some(index)) => info!("/dev/nbd{index} is not ours any more"),
@@ -652,11 +667,12 @@ impl Shared {
             error!("{e}");
             None
         });
-        let Some(NbdDevice { index, .. }) = device else { return };
+        let Some(device) = device else { return };
         error!(
-            "/dev/nbd{index} fails: {why}; what was not flushed is lost. Detach the volume, and attach it again"
+            "/dev/nbd{} fails: {why}; what was not flushed is lost. Detach the volume, and attach it again",
+            device.index
         );
-        if let Err(e) = nbd::disconnect_and_wait(index, LET_GO_LIMIT) {
+        if let Err(e) = nbd::disconnect_and_wait(&device, LET_GO_LIMIT) {
             error!("{e}");
         }
     }

@@ -1075,7 +1075,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let log = open(dir.path(), &who());
         let (short, long) = (std::time::Duration::from_millis(20), std::time::Duration::from_secs(2));
-        let stuck = super::super::apart::run("sleep", short, || {
+        let stuck = crate::apart::run("sleep", short, || {
             std::thread::sleep(long);
             Ok(())
         });

@@ -7,7 +7,6 @@
 //! It promises: one keeper per run folder; a second ZeroFS is never started beside a living one; and when it
 //! ends by itself, nothing of it is left but its logs and, after a forced stop, the replay log.
 
-mod apart;
 mod causes;
 pub mod client;
 pub mod control;

@@ -153,6 +153,8 @@ pub(crate) struct Supervisor {
     reason: String,
     /// Whether its log may tell the cause of that end.
     explained_by_log: bool,
+    /// What an earlier keeper left behind is to be settled before anything is started.
+    adopts: bool,
 }
 
 impl Supervisor {
@@ -187,6 +189,7 @@ impl Supervisor {
             last_cause: None,
             reason: String::new(),
             explained_by_log: false,
+            adopts: false,
         }
     }
 
@@ -201,9 +204,19 @@ impl Supervisor {
         match self.adopt() {
             Ok(true) => return true,
             Ok(false) => self.launch(),
+            Err(e) if resumes => self.adopt_later(&e),
             Err(e) => self.failed(e),
         }
         false
+    }
+
+    /// The server of an earlier keeper is in the way, and a device waits: this is tried again, and none is started before.
+    fn adopt_later(&mut self, e: &Error) {
+        error!("{e}");
+        self.adopts = true;
+        self.reason = format!("is not started: {e}");
+        self.explained_by_log = false;
+        self.restart();
     }
 
     /// Works until the volume is stopped. Returns whether the end was a clean one.
@@ -490,6 +503,17 @@ impl Supervisor {
     }
 
     fn launch(&mut self) {
+        if self.adopts {
+            match self.adopt() {
+                Ok(adopted) => {
+                    self.adopts = false;
+                    if adopted {
+                        return;
+                    }
+                }
+                Err(e) => return self.adopt_later(&e),
+            }
+        }
         match &self.hooks.before_restart {
             Some(check) if self.ever_ready => {
                 let (check, config) = (check.clone(), self.shared.config.clone());

@@ -153,15 +153,18 @@ impl Node {
     }
 
     /// The same, of one volume only.
-    fn processes_of(&self, volume: &str) -> (Vec<i32>, Vec<i32>) {
+    pub fn processes_of(&self, volume: &str) -> (Vec<i32>, Vec<i32>) {
         let mut own = super::dir::processes(self.dir.path());
         // Both have a folder of the volume in their command lines.
         let folder = format!("/volumes/{volume}");
         let of_volume =
             |rest: &str| volume.is_empty() || !rest.starts_with(|c: char| c.is_alphanumeric() || c == '-');
         own.retain(|(_, command)| command.split(&*folder).skip(1).any(of_volume));
-        let (keepers, rest): (Vec<_>, Vec<_>) =
+        let (mut keepers, rest): (Vec<_>, Vec<_>) =
             own.into_iter().partition(|(_, command)| command.contains("--volume-run-dir"));
+        // A child in which a keeper waits for its device has the name of a thread, and may outlive it for a while.
+        let name = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        keepers.retain(|(pid, _)| name(*pid) == "zerofsctl\n");
         let servers = rest.into_iter().filter(|(_, command)| command.contains("config.toml"));
         (keepers.into_iter().map(|(pid, _)| pid).collect(), servers.map(|(pid, _)| pid).collect())
     }

@@ -248,6 +248,7 @@ pub fn matrix(case: &Case, extent: &Extent) {
     let points: Vec<_> = instants.enumerate().filter(|(n, _)| (n + 1) % every == 0).collect();
     let variants = if is_long() && extent.product { VICTIMS.len() * FOLLOW_UPS.len() } else { 1 };
     let rounds: Vec<_> = points.iter().flat_map(|point| (0..variants).map(move |v| (point, v))).collect();
+    assert!(!rounds.is_empty(), "{}: no instant of {} steps was chosen", case.name(), steps.len());
     println!("{}: {} steps, {} kills to come", case.name(), steps.len(), rounds.len());
     side_by_side(
         &rounds,

@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -200,6 +201,14 @@ fn serve(socket: &Path, args: &[String]) -> Victim {
     server
 }
 
+/// Disconnects whatever has this index, and returns when the kernel has let go.
+#[track_caller]
+pub fn disconnect(index: u32) {
+    if let Some(device) = sysfs::one(index).expect("sysfs can be read") {
+        nbd::disconnect_and_wait(&device, LONG).expect("the kernel lets go of the device");
+    }
+}
+
 /// Borrows sockets as the netlink commands want them.
 pub fn borrowed(sockets: &[UnixStream]) -> Vec<BorrowedFd<'_>> {
     sockets.iter().map(AsFd::as_fd).collect()
@@ -238,7 +247,7 @@ impl Device {
             server_flags: u64::from(export.flags.bits()),
             client_flags: 0,
             dead_conn_timeout: Duration::ZERO,
-            backend: "",
+            backend: None,
             sockets: &sockets,
         };
         change(&mut options);
@@ -308,7 +317,7 @@ impl Device {
     /// Disconnects, and waits until the kernel has let go.
     #[track_caller]
     pub fn disconnect(self) {
-        nbd::disconnect_and_wait(self.index, LONG).expect("the kernel lets go of the device");
+        disconnect(self.index);
     }
 }
 
@@ -451,19 +460,26 @@ impl Baseline {
 
 /// The kernel's messages from one moment on.
 pub struct KernelLog {
-    skip: usize,
+    mark: String,
 }
 
 impl KernelLog {
     /// From now on.
     #[track_caller]
     pub fn from_now() -> KernelLog {
-        KernelLog { skip: run("dmesg", &[]).lines().count() }
+        static MARKS: AtomicU32 = AtomicU32::new(0);
+        let n = MARKS.fetch_add(1, Ordering::SeqCst);
+        let mark = format!("zerofsctl's test {} looks from here on: {n}.", std::process::id());
+        // Nobody reads a line that has not ended.
+        fs::write("/dev/kmsg", format!("{mark}\n")).expect("the kernel's log can be written");
+        KernelLog { mark }
     }
 
-    /// Those that have come since.
+    /// Those that have come since. Fails when some of them have had to make room.
     #[track_caller]
     pub fn lines(&self) -> Vec<String> {
-        run("dmesg", &[]).lines().skip(self.skip).map(str::to_owned).collect()
+        let log = run("dmesg", &[]);
+        let (_, since) = log.split_once(&self.mark).expect("the kernel's log reaches back to the mark");
+        since.lines().skip(1).map(str::to_owned).collect()
     }
 }

@@ -9,7 +9,7 @@
 //! | [`ensure`]`()` | the same, after one try at `modprobe nbd` where the module is on the disk; an error unless fine |
 //! | [`netlink::connect`], [`netlink::reconfigure`], [`netlink::disconnect`], [`netlink::status`] | one command each |
 //! | [`netlink::LinkDead`] | listens for connections that the kernel has given up |
-//! | [`disconnect_and_wait`]`(index, limit)` | disconnects, and waits until the kernel has let go |
+//! | [`disconnect_and_wait`]`(device, limit)` | disconnects, and waits until the kernel has let go |
 //! | [`sysfs::all`], [`sysfs::one`], [`sysfs::named`]`(backend)` | what the devices look like now |
 //! | [`capacity()`], [`capacity::require_one`]`()` | how many devices there are and can be; whether one more can |
 //! | [`survey::take`] | every device, who uses and serves it, and what it is to us |
@@ -21,10 +21,12 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::apart;
 use crate::error::{Error, Kind, Result};
 use crate::values::VolumeId;
 
 pub mod capacity;
+pub mod claim;
 pub mod marks;
 pub mod netlink;
 pub mod owners;
@@ -41,6 +43,9 @@ pub const BACKEND_PREFIX: &str = "zerofs:";
 /// How to load the module, now and at each boot.
 pub const MODULE_HINT: &str = "load it: modprobe nbd nbds_max=64; and at each boot: echo nbd > /etc/modules-load.d/nbd.conf && \
 echo 'options nbd nbds_max=64' > /etc/modprobe.d/nbd.conf";
+
+/// How long a device's settings may take to be given back.
+const GIVE_BACK: Duration = Duration::from_millis(200);
 
 /// The backend identifier of a volume's device.
 pub fn backend_id(volume: &VolumeId) -> String {
@@ -147,26 +152,30 @@ fn module_in(dir: &Path) -> bool {
     })
 }
 
-/// [`sysfs::give_back_queue`] around a disconnect, which must not fail for want of it.
+/// [`sysfs::give_back_queue`] around a disconnect, which must neither fail nor wait for want of it: Linux 6.11 to 6.18 let
+/// all I/O end before they change any of these settings, and it may be the disconnect that ends it.
 pub fn give_back_queue(index: u32) {
-    if let Err(e) = sysfs::give_back_queue(index) {
-        tracing::warn!("/dev/nbd{index}: {}", e.message());
+    let work = || sysfs::give_back_queue(index).map_err(|_| libc::EIO);
+    if let Err(e) = apart::run(&format!("give back the queue of /dev/nbd{index}"), GIVE_BACK, work) {
+        tracing::debug!("{e}");
     }
 }
 
-/// Disconnects a device and waits up to `limit` until the kernel has let go: no pid, no backend, no size. Nothing to
-/// do when it is not connected.
+/// Disconnects a device and waits up to `limit` until the kernel has let go of this connection: no pid, no backend, no
+/// size. Nothing to do when the index is not connected any more, or is somebody else's by now.
 ///
 /// The caller has flushed, and has proved that nobody uses the device. [`Kind::Busy`] when the time is over: somebody
 /// still holds it open, and it goes when they close it.
-pub fn disconnect_and_wait(index: u32, limit: Duration) -> Result<()> {
+pub fn disconnect_and_wait(device: &sysfs::NbdDevice, limit: Duration) -> Result<()> {
     let begun = Instant::now();
-    let Some(device) = sysfs::one(index)? else { return Ok(()) };
-    // First, since it could be somebody else's right after the disconnect.
-    give_back_queue(index);
-    if !device.connected {
+    let index = device.index;
+    // Another connection has another process or another name.
+    let same = |d: &sysfs::NbdDevice| d.connected && (d.pid, &d.backend) == (device.pid, &device.backend);
+    if !sysfs::one(index)?.is_some_and(|d| same(&d)) {
         return Ok(());
     }
+    // First, since it could be somebody else's right after the disconnect.
+    give_back_queue(index);
     // On a thread: the call itself waits for the kernel's receivers, and there is no way to end it.
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     let spawned = std::thread::Builder::new().name("disconnect".into()).spawn(move || {
@@ -181,7 +190,8 @@ pub fn disconnect_and_wait(index: u32, limit: Duration) -> Result<()> {
         Ok(done) => done?,
         Err(_) => return Err(held("is still being disconnected")),
     }
-    while sysfs::one(index)?.is_some_and(|d| d.connected || d.backend.is_some() || d.size.0 != 0) {
+    let lingers = |d: &sysfs::NbdDevice| !d.connected && (d.backend.is_some() || d.size.0 != 0);
+    while sysfs::one(index)?.is_some_and(|d| same(&d) || lingers(&d)) {
         if begun.elapsed() >= limit {
             return Err(held("is disconnected, but not yet free"));
         }

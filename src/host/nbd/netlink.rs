@@ -96,7 +96,7 @@ pub struct Connect<'a> {
     /// How long I/O waits for a RECONFIGURE after the last socket has died; with zero it fails at once. Whole seconds.
     pub dead_conn_timeout: Duration,
     /// The backend identifier, `zerofs:<volume id>`.
-    pub backend: &'a str,
+    pub backend: Option<&'a str>,
     /// Stream sockets in the transmission phase. The kernel keeps hold of them by itself.
     pub sockets: &'a [BorrowedFd<'a>],
 }
@@ -166,13 +166,12 @@ pub fn connect(c: &Connect<'_>) -> Result<u32> {
     let index = index
         .or(c.index)
         .ok_or_else(|| Error::failed("the kernel does not say which device it connected"))?;
-    if !c.backend.is_empty() {
+    if let Some(backend) = c.backend {
         // Kernels before 5.14 show nothing.
         let shown = sysfs::one(index)?.and_then(|d| d.backend);
-        if let Some(shown) = shown.filter(|b| b != c.backend) {
+        if let Some(shown) = shown.filter(|b| b != backend) {
             return Err(Error::refused(format!(
-                "/dev/nbd{index} was connected as {}, and says that it is {shown}",
-                c.backend
+                "/dev/nbd{index} was connected as {backend}, and says that it is {shown}"
             ))
             .hint("see who has it: zerofsctl nbd list --all"));
         }
@@ -517,8 +516,8 @@ fn connect_attrs(c: &Connect<'_>) -> Result<Vec<Attr>> {
     attrs.push(long(SERVER_FLAGS, c.server_flags)?);
     attrs.push(long(CLIENT_FLAGS, c.client_flags)?);
     attrs.push(long(DEAD_CONN_TIMEOUT, seconds(c.dead_conn_timeout))?);
-    if !c.backend.is_empty() {
-        attrs.push(text(BACKEND_IDENTIFIER, c.backend)?);
+    if let Some(backend) = c.backend {
+        attrs.push(text(BACKEND_IDENTIFIER, backend)?);
     }
     attrs.push(sockets(c.sockets)?);
     Ok(attrs)
@@ -580,7 +579,7 @@ mod tests {
             server_flags: SERVER_HAS_FLAGS | SERVER_SEND_FLUSH,
             client_flags: 0,
             dead_conn_timeout: Duration::from_millis(600_100),
-            backend: "zerofs:v",
+            backend: Some("zerofs:v"),
             sockets: &[a.as_fd(), b.as_fd()],
         };
         let expected = [
@@ -595,7 +594,7 @@ mod tests {
             raw_sockets(&[a.as_raw_fd(), b.as_raw_fd()]),
         ];
         assert_eq!(bytes(connect_attrs(&connect).unwrap()), expected.concat());
-        let any = Connect { index: None, backend: "", sockets: &[a.as_fd()], ..connect };
+        let any = Connect { index: None, backend: None, sockets: &[a.as_fd()], ..connect };
         let encoded = bytes(connect_attrs(&any).unwrap());
         assert_eq!(encoded[..12], expected[1][..], "no index: the kernel chooses");
         assert!(encoded.ends_with(&raw_sockets(&[a.as_raw_fd()])));
@@ -676,7 +675,7 @@ mod tests {
             server_flags: 1,
             client_flags: 0,
             dead_conn_timeout: Duration::ZERO,
-            backend: "",
+            backend: None,
             sockets: &[a.as_fd()],
         };
         for bad in [

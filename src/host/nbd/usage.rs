@@ -8,11 +8,12 @@ use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use nix::sys::stat::{major, makedev};
+use nix::sys::stat::major;
 use serde::Serialize;
 
 use crate::host::User;
 use crate::host::mounts::DeviceLine;
+use crate::host::users::block_number;
 use crate::keeper::process::MARKER;
 
 /// The number of the first mount namespace's process namespace: the one in which every process is seen.
@@ -227,22 +228,6 @@ fn namespace(proc: &Path, of: &str) -> std::io::Result<Option<u64>> {
 /// `mnt:[4026531841]`
 fn number(link: &str) -> Option<u64> {
     link.strip_prefix("mnt:[")?.strip_suffix(']')?.parse().ok()
-}
-
-/// The number of the block device behind an open file, asked without waiting for a filesystem that may be dead.
-fn block_number(path: &Path) -> Option<u64> {
-    let path_c = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
-    // SAFETY: a zeroed statx is a valid one; the kernel fills it, and the path is a C string.
-    let (result, stat) = unsafe {
-        let mut stat: libc::statx = std::mem::zeroed();
-        let flags = libc::AT_STATX_DONT_SYNC;
-        (libc::statx(libc::AT_FDCWD, path_c.as_ptr(), flags, libc::STATX_TYPE, &raw mut stat), stat)
-    };
-    let is_block = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
-    if result == 0 {
-        return is_block.then(|| makedev(u64::from(stat.stx_rdev_major), u64::from(stat.stx_rdev_minor)));
-    }
-    None
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod node;
 
 pub use node::Node;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -58,6 +59,8 @@ pub trait World {
     fn claim(&self, index: u32) -> Result<Self::Claim>;
     /// Disconnects, and waits until the kernel has let go; gives the claim back meanwhile.
     fn disconnect(&self, index: u32, claim: Self::Claim) -> Result<()>;
+    /// A path of the volume that still leads to the device, and would lead to whoever gets its index next.
+    fn leads_to(&self, volume: &VolumeId) -> Result<Option<PathBuf>>;
     /// What the volume's replay log holds; counted only with its lock.
     fn left(&self, volume: &VolumeId, lock: Option<&Self::Lock>) -> Result<Left>;
 }
@@ -98,9 +101,10 @@ pub fn plan<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
     let now = world.now();
     let item = |device: Device| {
         let before = first.devices.iter().find(|d| d.is_same_connection(&device));
-        let fate = match reason_to_keep(&device, before, now, spec.older_than) {
-            Some(why) => Fate::Kept(why),
-            None => Fate::Would,
+        let fate = match keep(world, &device, before, spec.older_than, now) {
+            Ok(None) => Fate::Would,
+            Ok(Some(why)) => Fate::Kept(why),
+            Err(e) => Fate::Kept(e.to_string()),
         };
         let volume = device.volume.as_ref().filter(|_| device.verdict == Some(Verdict::OursLeaked));
         let left = volume.map(|v| world.left(v, None)).transpose();
@@ -140,7 +144,7 @@ fn one<W: World>(world: &W, spec: GcSpec, planned: &Device) -> Result<Left> {
         .find(|d| d.index == planned.index)
         .ok_or_else(|| busy("it is gone meanwhile".into()))?;
     let before = Some(planned).filter(|p| p.is_same_connection(device));
-    if let Some(why) = reason_to_keep(device, before, world.now(), spec.older_than) {
+    if let Some(why) = keep(world, device, before, spec.older_than, world.now())? {
         return Err(busy(why));
     }
     let left = world.left(volume, Some(&lock))?;
@@ -151,6 +155,22 @@ fn one<W: World>(world: &W, spec: GcSpec, planned: &Device) -> Result<Left> {
 fn kept(device: Device) -> Item {
     let why = device.why.clone();
     Item { device, fate: Fate::Kept(why), left: None }
+}
+
+/// As [`reason_to_keep`], and what is there besides the device.
+fn keep<W: World>(
+    world: &W,
+    device: &Device,
+    before: Option<&Device>,
+    older_than: Duration,
+    now: jiff::Timestamp,
+) -> Result<Option<String>> {
+    if let Some(why) = reason_to_keep(device, before, now, older_than) {
+        return Ok(Some(why));
+    }
+    let Some(volume) = &device.volume else { return Ok(None) };
+    let path = world.leads_to(volume)?;
+    Ok(path.map(|p| format!("{} leads to it: zerofsctl recover {volume}, or detach it", p.display())))
 }
 
 /// None only for a leak of ours that is the connection which was a leak `before`, and old enough.

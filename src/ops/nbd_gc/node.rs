@@ -1,28 +1,23 @@
 //! The collector's world: this machine.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::unistd::Pid;
-
 use super::{Left, World};
-use crate::error::{Doing, Error, Kind, Result};
-use crate::host::loopdev::open_exclusively;
+use crate::error::{Doing, Error, Result};
+use crate::host::bind::is_node_of;
+use crate::host::nbd::claim::{self, Claim};
 use crate::host::nbd::owners::RunDir;
 use crate::host::nbd::survey::{self, Roots, Scope, Survey};
 use crate::host::nbd::{give_back_queue, marks, netlink, sysfs};
-use crate::journal::{Held, volume_folder};
+use crate::journal::{Held, Journal, Standing, volume_folder};
 use crate::keeper::log::{self, ReplayLog};
+use crate::step::Step;
 use crate::values::VolumeId;
 
 /// How long keepers may take to answer, all together.
 pub const KEEPERS: Duration = Duration::from_secs(2);
-/// How long an open of a device may take before it is taken for one that waits for a server: the first after a connect
-/// reads the partition table.
-const OPEN: Duration = Duration::from_secs(1);
 /// How long the kernel may take to let go.
 const LET_GO: Duration = Duration::from_secs(10);
 
@@ -50,36 +45,6 @@ impl Drop for VolumeLock {
     }
 }
 
-/// What came of an open.
-fn claimed(opened: std::result::Result<OwnedFd, Errno>, path: &Path) -> Result<Claim> {
-    match opened {
-        Ok(fd) => Ok(Claim::Open(fd)),
-        Err(Errno::EBUSY) => {
-            Err(Error::new(Kind::Busy, "the kernel says that somebody has it: a mount, a holder or a swap")
-                .hint("see what it is now: zerofsctl nbd list"))
-        }
-        Err(e) => Err(e).doing("open", path),
-    }
-}
-
-/// Whether a thread of ours stands in a wait of the kernel that nothing can interrupt.
-fn waits_in_the_kernel(thread: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
-}
-
-/// The kernel's word that nobody has the device.
-pub enum Claim {
-    /// We have it open, exclusively.
-    Open(OwnedFd),
-    /// Our open, or one before it, waits for the partition table, which no server will deliver.
-    ///
-    /// The kernel refuses a device that is mounted, held or swapped on before it reads anything, so this one is none of these;
-    /// and while the first open waits, there is no other. With the volume's lock held no server comes back to life, either.
-    /// So whoever waits has got nothing from the device, and only a disconnect ends the wait, ours included.
-    Waits(mpsc::Receiver<std::result::Result<OwnedFd, Errno>>),
-}
-
 impl World for Node {
     type Lock = VolumeLock;
     type Claim = Claim;
@@ -104,41 +69,13 @@ impl World for Node {
     }
 
     fn claim(&self, index: u32) -> Result<Claim> {
-        let path = sysfs::path(index);
-        let (tell, told) = mpsc::sync_channel(1);
-        let (introduce, introduced) = mpsc::sync_channel(1);
-        let of_thread = path.clone();
-        // On a thread, since there is no way to end an open that waits for the device.
-        std::thread::Builder::new()
-            .name("claim".into())
-            .spawn(move || {
-                let _ = introduce.send(nix::unistd::gettid());
-                let _ = tell.send(open_exclusively(&of_thread));
-            })
-            .doing("start a thread to open", &path)?;
-        let begun = Instant::now();
-        let thread = introduced.recv().ok();
-        loop {
-            match told.recv_timeout(OPEN) {
-                Ok(opened) => return claimed(opened, &path),
-                // A busy machine may not have come to it yet; one that waits for the device is seen to do so.
-                Err(_) if thread.is_some_and(waits_in_the_kernel) => return Ok(Claim::Waits(told)),
-                Err(_) if begun.elapsed() < LET_GO => {}
-                Err(_) => {
-                    return Err(Error::new(
-                        Kind::Busy,
-                        format!("opening it takes longer than {} s", LET_GO.as_secs()),
-                    )
-                    .hint("run the same command again later"));
-                }
-            }
-        }
+        claim::device(index)
     }
 
     fn disconnect(&self, index: u32, claim: Claim) -> Result<()> {
         let claim = match claim {
             Claim::Waits(opened) => match opened.try_recv() {
-                Ok(opened) => claimed(opened, &sysfs::path(index))?,
+                Ok(opened) => claim::of(opened, index)?,
                 Err(_) => Claim::Waits(opened),
             },
             open => open,
@@ -173,6 +110,28 @@ impl World for Node {
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(())
+    }
+
+    fn leads_to(&self, volume: &VolumeId) -> Result<Option<PathBuf>> {
+        let Some(entries) = Journal::peek(&self.run, volume)? else { return Ok(None) };
+        let standing = Standing::of(&entries);
+        let Some(device) = standing.facts.device else { return Ok(None) };
+        for place in &standing.places {
+            let (target, leads) = match place {
+                Step::Link(l) => {
+                    let link = std::fs::read_link(l.target.as_path());
+                    (&l.target, link.is_ok_and(|to| to == device.path))
+                }
+                Step::Bind(b) if b.source.is_none() => {
+                    (&b.target, is_node_of(b.target.as_path(), &device.path)?)
+                }
+                _ => continue,
+            };
+            if leads {
+                return Ok(Some(target.as_path().to_owned()));
+            }
+        }
+        Ok(None)
     }
 
     fn left(&self, volume: &VolumeId, lock: Option<&VolumeLock>) -> Result<Left> {

@@ -3,7 +3,7 @@
 //! A keeper must always be killable: while one of its threads waits inside the kernel for I/O on the keeper's own device,
 //! a SIGKILL does not end the process, its sockets stay open, and the kernel goes on waiting for answers that nobody will
 //! give. So whatever may wait for the device (a freeze of its queue, above all) happens in a child that holds none of the
-//! keeper's descriptors.
+//! keeper's descriptors. A command that is to end such a wait, as `detach --force` is, must not wait itself, either.
 
 use std::time::{Duration, Instant};
 
@@ -13,11 +13,11 @@ use nix::unistd::{ForkResult, fork};
 
 use crate::error::{Error, Kind, Result};
 
-/// Runs `work` in a child without the keeper's descriptors, and waits for it up to `limit`; `what` names it in errors.
+/// Runs `work` in a child without this process's descriptors, and waits for it up to `limit`; `what` names it in errors.
 ///
 /// `work` gives an errno on failure. It runs after a fork of a process with threads: it must not log, nor lock anything
 /// that another thread may hold (memory allocation is fine).
-pub(super) fn run(what: &str, limit: Duration, work: impl FnOnce() -> Result<(), i32>) -> Result<()> {
+pub(crate) fn run(what: &str, limit: Duration, work: impl FnOnce() -> Result<(), i32>) -> Result<()> {
     // SAFETY: the child allocates at most, which the C library keeps usable across a fork, opens descriptors of its own,
     // and ends by _exit, so that nothing of the parent's is torn down.
     let child = match unsafe { fork() } {
@@ -25,7 +25,12 @@ pub(super) fn run(what: &str, limit: Duration, work: impl FnOnce() -> Result<(),
         Ok(ForkResult::Child) => {
             // SAFETY: plain system calls; whatever these descriptors belong to is not used again in this process.
             unsafe {
-                libc::close_range(3, libc::c_uint::MAX, 0);
+                if libc::close_range(3, libc::c_uint::MAX, 0) != 0 {
+                    // Before Linux 5.9.
+                    (3..65_536).for_each(|fd| {
+                        libc::close(fd);
+                    });
+                }
                 let code = match work() {
                     Ok(()) => 0,
                     Err(errno) => errno.clamp(1, 250),
@@ -50,7 +55,8 @@ pub(super) fn run(what: &str, limit: Duration, work: impl FnOnce() -> Result<(),
             }
             Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => {
                 // Collected when it ends.
-                let _ = super::thread("apart", move || {
+                let reaper = std::thread::Builder::new().name("apart".into()).stack_size(64 * 1024);
+                let _ = reaper.spawn(move || {
                     let _ = waitpid(child, None);
                 });
                 return Err(Error::new(
