@@ -127,25 +127,49 @@ fn queues(scale: &Scale) {
     println!();
 }
 
-/// How long `nbd list` takes with all the devices that a kernel has by our advice.
+/// How long `nbd list` takes with all the devices that a kernel has by our advice: some of volumes in use, whose keepers
+/// and mounts are asked for, some leaked, whose users are looked for, and some that are nobody's.
 fn list(scale: &Scale) {
     const DEVICES: usize = 64;
+    const VOLUMES: usize = 4;
+    const LEAKS: usize = 30;
     say(format!("nbd list with {DEVICES} devices"));
     let dir = TestDir::new();
     let _server = Memory::serve(dir.path());
-    let devices: Vec<_> = (0..DEVICES)
-        .map(|_| {
+    let zerofsctl = Zerofsctl::new(&dir.join("z"));
+    let volumes: Vec<String> = (0..VOLUMES).map(|n| format!("vol{n}")).collect();
+    for volume in &volumes {
+        let target = dir.join(volume).display().to_string();
+        let mut attach = Zerofsctl::attach_args(volume, &target, "64Mi").to_vec();
+        attach.extend(["--transport", "nbd"]);
+        zerofsctl.time(&attach);
+    }
+    let devices: Vec<_> = (VOLUMES..DEVICES)
+        .map(|n| {
             let (socket, export) = direct_socket(dir.path(), "disk").expect("the server answers");
-            let index = connect(NbdPath::Direct, &[socket], export.flags, export.size);
+            let name = format!("zerofs:leak{n}");
+            let backend = (n < VOLUMES + LEAKS).then_some(&*name);
+            let index = connect(NbdPath::Direct, &[socket], export.flags, export.size, backend);
             Attached::Kernel { index, data: None }
         })
         .collect();
-    let zerofsctl = Zerofsctl::new(&dir.join("z"));
+    let mut list = zerofsctl.command(&["nbd", "list", "-o", "json"]);
+    let listed = list.stdout(std::process::Stdio::piped()).output().expect("zerofsctl can be started");
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let count = |verdict: &str| listed.matches(&format!("\"verdict\": \"{verdict}\"")).count();
+    assert_eq!(count("ours-in-use"), VOLUMES, "{listed}");
+    assert_eq!(count("ours-leaked"), LEAKS, "{listed}");
     let times: Vec<_> = (0..scale.rounds.max(30)).map(|_| zerofsctl.time(&["nbd", "list"])).collect();
     drop(devices);
+    for volume in &volumes {
+        zerofsctl.time(&["detach", volume]);
+    }
     head(&["what", "measured"]);
     row([
-        format!("`nbd list` with {DEVICES} devices, median of {}, ms", times.len()),
+        format!(
+            "`nbd list` with {DEVICES} devices, {VOLUMES} of volumes in use and {LEAKS} leaked; median of {}, ms",
+            times.len()
+        ),
         against_most(median(&times).as_secs_f64() * 1000.0, 20.0),
     ]);
     println!();
@@ -273,14 +297,14 @@ impl Attached {
                 let data = data_path(dir, zeros_when_closed);
                 let flags = data.flags().expect("a server is up");
                 let sockets = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made");
-                let index = connect(NbdPath::Guarded, &sockets, flags, data.size());
+                let index = connect(NbdPath::Guarded, &sockets, flags, data.size(), None);
                 Attached::Kernel { index, data: Some(data) }
             }
             Way::Direct => {
                 let one = || direct_socket(dir, "disk").expect("the server answers");
                 let (sockets, mut exports): (Vec<_>, Vec<_>) = (0..CONNECTIONS).map(|_| one()).unzip();
                 let export = exports.pop().expect("there are several");
-                let index = connect(NbdPath::Direct, &sockets, export.flags, export.size);
+                let index = connect(NbdPath::Direct, &sockets, export.flags, export.size, None);
                 Attached::Kernel { index, data: None }
             }
         }
@@ -307,7 +331,13 @@ impl Drop for Attached {
     }
 }
 
-fn connect(path: NbdPath, sockets: &[UnixStream], flags: TransmissionFlags, size: u64) -> u32 {
+fn connect(
+    path: NbdPath,
+    sockets: &[UnixStream],
+    flags: TransmissionFlags,
+    size: u64,
+    backend: Option<&str>,
+) -> u32 {
     let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
     let index = netlink::connect(&netlink::Connect {
         index: None,
@@ -316,7 +346,7 @@ fn connect(path: NbdPath, sockets: &[UnixStream], flags: TransmissionFlags, size
         server_flags: server_flags(flags, path, false),
         client_flags: 0,
         dead_conn_timeout: Duration::from_secs(600),
-        backend: None,
+        backend,
         sockets: &sockets,
     })
     .expect("the kernel connects a device");
