@@ -10,9 +10,10 @@ use crate::error::{Doing, Error, Result};
 /// A device number has 20 bits for the minor number.
 const MINORS: u32 = 1 << 20;
 
-/// How to have more from the next boot on.
-pub const MORE_DEVICES: &str = "load the module with more devices: modprobe -r nbd && modprobe nbd nbds_max=64; and for each \
-boot: echo 'options nbd nbds_max=64' > /etc/modprobe.d/nbd.conf && echo nbd > /etc/modules-load.d/nbd.conf";
+/// How to have more than there are numbers for: with room for 15 partitions on each there are 65,536.
+pub const MORE_DEVICES: &str = "load the module with fewer partitions for each device: modprobe -r nbd && modprobe nbd \
+nbds_max=64 max_part=15; and for each boot: echo 'options nbd nbds_max=64 max_part=15' > /etc/modprobe.d/nbd.conf && \
+echo nbd > /etc/modules-load.d/nbd.conf";
 
 /// Numbers of devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
