@@ -330,6 +330,33 @@ fn nbd_a_raw_device_that_nobody_has_opened_is_freed_without_its_server() {
     node.assert_nothing_left("once the store is back");
 }
 
+/// Whoever got its index would be written to by the users of the link.
+#[test]
+fn nbd_the_index_of_a_device_that_failed_goes_to_nobody_while_its_link_stands() {
+    let node = node();
+    let before = connected();
+    let (link, m) = (node.target("disk"), node.target("m"));
+    let attach = ["attach", "vol1", "--target", &link, "--size", "128Mi", "--block", "--transport", "nbd"];
+    node.ok(&[&attach[..], &["--path", "direct"]].concat());
+    let failed = fs::read_link(&link).unwrap();
+    assert!(node.kill(Victim::Zerofs));
+    wait_until("the device is gone", LONG, || connected() == before);
+    assert_eq!(fs::read_link(&link).unwrap(), failed, "the link still stands");
+    for volume in ["vol2", "vol3"] {
+        let target = node.target(volume);
+        node.ok(&["attach", volume, "--target", &target, "--size", "128Mi", "--transport", "nbd"]);
+        assert_ne!(sysfs::path(device(&node, volume)), failed, "{volume}");
+    }
+    node.ok(&["recover", "vol1"]);
+    // With the link gone anybody may have it.
+    node.ok(&["detach", "--all"]);
+    node.ok(&["attach", "vol2", "--target", &m, "--transport", "nbd"]);
+    assert_eq!(sysfs::path(device(&node, "vol2")), failed);
+    node.ok(&["detach", "vol2"]);
+    assert_eq!(connected(), before);
+    node.assert_nothing_left("at the end");
+}
+
 /// Whoever got its index next would be written to by the users of the link.
 #[test]
 fn nbd_gc_leaves_the_device_that_a_link_still_leads_to() {

@@ -11,11 +11,13 @@ use super::nbd::{self, sysfs};
 use super::{ConnectRequest, Device, DeviceView, IoPath, Life, Transport, loopdev, mounts};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::linux::Dirs;
+use crate::journal::{self, Journal, Standing};
 use crate::keeper;
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, ConnectOptions, NbdPath, Status};
 use crate::keeper::device::{RECORD, Record};
 use crate::keeper::process::Identity;
+use crate::step::Step;
 use crate::values::VolumeId;
 
 /// For how long the kernel may take to let go of an NBD device.
@@ -115,6 +117,35 @@ pub(super) fn disconnect(
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).doing("remove", &path),
         _ => Ok(()),
     }
+}
+
+/// The index to connect when the lowest free one will not do: that of a device which is gone, and to which the link or bind
+/// of another raw volume still leads. Its users would write to whoever has the index next. Mostly none: the kernel chooses.
+pub(super) fn index_that_nobody_means(dirs: &Dirs, volume: &VolumeId) -> Result<Option<u32>> {
+    let free = |index: u32| Ok::<_, Error>(sysfs::one(index)?.is_none_or(|d| !d.connected));
+    let mut meant = Vec::new();
+    for other in journal::volumes(&dirs.run)?.iter().filter(|other| *other != volume) {
+        // A journal that cannot be read is its own volume's trouble, and nobody else's.
+        let standing = Standing::of(&Journal::peek(&dirs.run, other).unwrap_or_default().unwrap_or_default());
+        let raw = |place: &Step| {
+            matches!(place, Step::Link(_)) || matches!(place, Step::Bind(b) if b.source.is_none())
+        };
+        let index = standing.facts.device.and_then(|d| sysfs::index_of(&d.path));
+        if let Some(index) = index.filter(|_| standing.places.iter().any(raw))
+            && free(index)?
+        {
+            meant.push(index);
+        }
+    }
+    if meant.is_empty() {
+        return Ok(None);
+    }
+    for index in 0.. {
+        if !meant.contains(&index) && free(index)? {
+            return Ok(Some(index));
+        }
+    }
+    Ok(None)
 }
 
 /// What a keeper is asked for.

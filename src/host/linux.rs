@@ -1193,7 +1193,18 @@ impl Host for LinuxHost {
             // Before there is a device: a keeper that dies once the kernel has it leaves one that waits, and what looks
             // at it then, to take it back, would wait as well.
             self.accompany(volume)?;
-            client.connect_nbd(&device::options(request))?;
+            let mut options = device::options(request);
+            for attempt in 0.. {
+                options.index = device::index_that_nobody_means(&self.dirs, volume)?;
+                match client.connect_nbd(&options) {
+                    // Somebody else was faster.
+                    Err(e) if e.kind() == Kind::Busy && options.index.is_some() && attempt < 5 => {}
+                    connected => {
+                        connected?;
+                        break;
+                    }
+                }
+            }
             return self.nbd_device(volume);
         }
         let (folder, file) = self.dirs.fuse(volume);
