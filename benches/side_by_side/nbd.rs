@@ -159,7 +159,9 @@ fn list(scale: &Scale) {
     let count = |verdict: &str| listed.matches(&format!("\"verdict\": \"{verdict}\"")).count();
     assert_eq!(count("ours-in-use"), VOLUMES, "{listed}");
     assert_eq!(count("ours-leaked"), LEAKS, "{listed}");
-    let times: Vec<_> = (0..scale.rounds.max(30)).map(|_| zerofsctl.time(&["nbd", "list"])).collect();
+    let times_of =
+        |words: &[&str]| (0..scale.rounds.max(30)).map(|_| zerofsctl.time(words)).collect::<Vec<_>>();
+    let (times, help) = (times_of(&["nbd", "list"]), times_of(&["--help"]));
     drop(devices);
     for volume in &volumes {
         zerofsctl.time(&["detach", volume]);
@@ -171,6 +173,10 @@ fn list(scale: &Scale) {
             times.len()
         ),
         against_most(median(&times).as_secs_f64() * 1000.0, 20.0),
+    ]);
+    row([
+        "`--help` beside it: the start of the program, ms".to_owned(),
+        format!("{:.3}", median(&help).as_secs_f64() * 1000.0),
     ]);
     println!();
 }
