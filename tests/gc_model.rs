@@ -676,6 +676,16 @@ fn case(seed: u64) {
                 if let Some(volume) = pick(&mut w.rng, &volumes) {
                     w.clusters.get_mut(cluster).unwrap().volumes.remove(&volume);
                 }
+                // One may come back for a volume that was marked meanwhile.
+                let claimed: Vec<VolumeId> = (w.bucket.records.values().map(|(record, ..)| record))
+                    .filter(|r| r.cluster.as_deref() == Some(cluster) && r.state != State::Deleting)
+                    .map(|r| r.id.clone())
+                    .collect();
+                if w.rng.random_ratio(1, 3)
+                    && let Some(volume) = pick(&mut w.rng, &claimed)
+                {
+                    w.clusters.get_mut(cluster).unwrap().volumes.insert(volume, false);
+                }
                 w.anything();
             }
             let volumes: Vec<VolumeId> = w.bucket.records.keys().cloned().collect();

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use support::cli::{Node, assert_holds, pattern, write_durably};
@@ -74,26 +74,27 @@ fn root_orphans_go_and_everything_else_verifies() {
     lab.server.begin_upload("vols", "csi/vol1/compacted/part.sst");
     lab.server.put("vols", "csi/photos/2024.jpg", b"abc");
     let busy = lab.attach("busy");
-    let stop = AtomicBool::new(false);
+    let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|s| {
         // A load that verifies what it wrote, for as long as all the rest takes.
         let load = s.spawn(|| {
-            let mut rounds = 0;
-            while !stop.load(Ordering::Relaxed) || rounds < 3 {
-                let (file, bytes) = (Path::new(&busy).join(format!("f{}", rounds % 4)), pattern(rounds, MIB));
+            while !stop.load(Ordering::Relaxed) || rounds.load(Ordering::Relaxed) < 8 {
+                let n = rounds.load(Ordering::Relaxed);
+                let (file, bytes) = (Path::new(&busy).join(format!("f{}", n % 4)), pattern(n, MIB));
                 write_durably(&file, &bytes);
                 assert_holds(&file, &bytes, "under load");
-                rounds += 1;
+                rounds.fetch_add(1, Ordering::Relaxed);
             }
-            rounds
         });
+        let before = rounds.load(Ordering::Relaxed);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| collect(&lab)));
+        let meanwhile = rounds.load(Ordering::Relaxed) - before;
         stop.store(true, Ordering::Relaxed);
-        let rounds = load.join().expect("the load verifies");
+        load.join().expect("the load verifies");
         if let Err(e) = result {
             std::panic::resume_unwind(e);
         }
-        assert!(rounds >= 3);
+        assert!(meanwhile > 0, "nothing was written while objects were deleted");
     });
     node.assert_attached("busy", &[&busy], "in the end");
     node.ok(&["detach", "busy"]);
@@ -102,7 +103,14 @@ fn root_orphans_go_and_everything_else_verifies() {
     assert_holds(&Path::new(&target).join("data"), &pattern(2, 2 * MIB), "the neighbour in name");
     node.ok(&["detach", "vol10"]);
     let busy = lab.attach("busy");
-    assert!(Path::new(&busy).join("f0").exists());
+    let rounds = rounds.into_inner();
+    for n in rounds - 4..rounds {
+        assert_holds(
+            &Path::new(&busy).join(format!("f{}", n % 4)),
+            &pattern(n, MIB),
+            "read anew from the bucket",
+        );
+    }
     node.ok(&["detach", "busy"]);
     // A name is free again, for a new and empty volume.
     let target = lab.attach("vol1");

@@ -185,20 +185,41 @@ fn a_killed_keeper_leaves_a_zerofs_that_the_next_one_adopts() {
 #[test]
 fn a_keeper_killed_at_any_moment_of_its_start_leaves_what_the_next_one_can_take_over() {
     let v = Volume::new();
+    // Without a ZeroFS of an earlier one, which would only be adopted.
+    let end_zerofs = || {
+        // A keeper that is dying may still come to start one.
+        wait_until("no ZeroFS is left", LONG, || {
+            let left = find_zerofs(&v.config.run_dir);
+            for zerofs in &left {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(zerofs.pid), Signal::SIGKILL);
+            }
+            left.is_empty()
+        });
+    };
     for round in 0..support::rounds(12, 30) {
         let keeper = start(&v.config).keeper;
         std::thread::sleep(Duration::from_millis(u64::from(round) * 37 % 300));
         signal(keeper.pid, Signal::SIGKILL);
+        if round % 3 != 0 {
+            end_zerofs();
+        }
     }
     // Even between the decision to start ZeroFS and its start, while the command that started it is gone too.
+    let path = v.config.run_dir.join("keeper.pid");
+    let mut last = Identity::read(&path);
     for pause in [0, 1, 2, 3, 4, 5, 7, 10] {
+        end_zerofs();
         let config = v.config.clone();
         let starter = std::thread::spawn(move || spawn(&program(), &config, LONG));
+        let mut keeper = None;
+        wait_until("the next keeper is there", LONG, || {
+            // The one before may still be dying.
+            keeper = Identity::read(&path).filter(|i| Some(i) != last.as_ref() && i.is_alive());
+            keeper.is_some()
+        });
         std::thread::sleep(Duration::from_millis(pause));
-        if let Some(keeper) = Identity::read(&v.config.run_dir.join("keeper.pid")).filter(Identity::is_alive)
-        {
-            signal(keeper.pid, Signal::SIGKILL);
-        }
+        signal(keeper.as_ref().expect("it was waited for").pid, Signal::SIGKILL);
+        last = keeper;
         // Killed or not: either is fine.
         let _ = starter.join().unwrap();
     }

@@ -445,7 +445,11 @@ fn root_without_the_replay_log_the_same_load_fails() {
         let round = round(&lab, n, &mut rng, |rng| kill_at_random(&lab, rng));
         let gone = lab.run(&["detach", "vol1", "--force"], LIMIT);
         assert!(gone.status.success(), "{}\n{}", String::from_utf8_lossy(&gone.stderr), lab.logs());
-        if !round.faults.is_empty() {
+        // What is missing, and not only that something went wrong.
+        let lost = |fault: &String| {
+            ["is of write", "holds zeros", "holds garbage", "verify"].iter().any(|word| fault.contains(word))
+        };
+        if round.kills > 0 && round.faults.iter().any(lost) {
             println!("no replay log: seen in try {} of {TRIES}: {:#?}", n + 1, shorten(round.faults));
             return;
         }
@@ -552,6 +556,7 @@ fn root_what_was_acknowledged_survives_the_death_of_everything() {
         drop(load);
         ledger = run.thread.join().expect("the ledger's thread does not panic");
         assert!(ledger.error.is_some(), "a device without a keeper must fail");
+        assert!(ledger.times.len() > 10, "round {n}: only {} writes", ledger.times.len());
         let began = Instant::now();
         lab.attach();
         let took = began.elapsed();
@@ -567,6 +572,7 @@ fn root_what_was_acknowledged_survives_the_death_of_everything() {
         let _ = fs::remove_file(lab.target().join(format!("load{n}")));
     }
     println!("everything killed: {count} of {count}, {writes} writes, {replayed} replayed");
+    assert!(replayed > 0, "nothing was left for the replay log to bring back");
     lab.detach();
     let checked = lab.run(&["fsck", "vol1"], LIMIT);
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
@@ -582,10 +588,13 @@ fn root_what_was_synced_survives_without_the_replay_log() {
     let mut ledger = Ledger::new(lab.target().join("ledger"), 256);
     for n in 0..count {
         let syncs = Arc::clone(&ledger.syncs);
+        let zerofs = lab.next_zerofs(None);
         let run = ledger.start(rng.random(), 1);
         wait_until("200 flushes", LIMIT, || {
             syncs.load(Ordering::Relaxed) >= FLUSHES || run.thread.is_finished()
         });
+        // Of one and the same server: a restart would have emptied what must not fill up.
+        assert_eq!(lab.zerofs(), Some(zerofs), "round {n}");
         kill_both(&lab, &mut rng);
         ledger = run.thread.join().expect("the ledger's thread does not panic");
         let syncs = syncs.load(Ordering::Relaxed);
@@ -635,7 +644,7 @@ fn root_a_stopped_zerofs_is_a_stall_and_nothing_else() {
         (lab.zerofs(), &status["restarts"], &status["state"]),
         (Some(before), &0.into(), &"ready".into())
     );
-    assert!(stall.iter().all(|s| *s > 9 * SECOND), "{stall:?}");
+    assert!(stall.len() == 1 && stall[0] > 9 * SECOND, "{stall:?}");
     lab.detach();
 }
 

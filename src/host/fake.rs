@@ -147,6 +147,11 @@ impl FakeHost {
         *self.fail_at.borrow_mut() = n.map(|n| *self.instants.borrow() + n);
     }
 
+    /// Whether that is still to come.
+    pub fn is_to_fail(&self) -> bool {
+        self.fail_at.borrow().is_some()
+    }
+
     /// How many instants have passed.
     pub fn instants(&self) -> u64 {
         *self.instants.borrow()

@@ -346,6 +346,11 @@ impl DataPath {
         Ok(Arc::new(path))
     }
 
+    /// Whether a server is connected, and all that was owed to it has been replayed.
+    pub fn is_up(&self) -> bool {
+        self.shared.state().guard.as_ref().is_some_and(Guard::is_up)
+    }
+
     /// The state of the log now.
     pub fn log_state(&self) -> LogState {
         let state = self.shared.state();
@@ -411,6 +416,8 @@ impl DataPath {
             (guard.log().mapped(), guard.log().device_size(), guard.log().live())
         };
         shared.drop_conns();
+        // From here on, a server that is taken down is one that this was about.
+        *lock(&shared.outcome) = None;
         let (streams, export) = self.connect()?;
         let known = shared.size.load(Ordering::Relaxed).max(if entries > 0 { size_before } else { 0 });
         if export.size < known {
@@ -427,7 +434,6 @@ impl DataPath {
             .hint("attach the volume read-write once: zerofsctl attach VOLUME --target DIR"));
         }
         let ids = shared.add_conns(streams, &map)?;
-        *lock(&shared.outcome) = None;
         let mut out = Vec::new();
         {
             let mut state = shared.state();
@@ -850,7 +856,12 @@ impl Shared {
     }
 
     fn tell(&self, outcome: Result<Replay, String>) {
-        *lock(&self.outcome) = Some(outcome);
+        let mut told = lock(&self.outcome);
+        // What was lost is not made good by what came of it before.
+        if outcome.is_err() || !matches!(*told, Some(Err(_))) {
+            *told = Some(outcome);
+        }
+        drop(told);
         self.outcome_told.notify_all();
     }
 

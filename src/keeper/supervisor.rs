@@ -205,7 +205,10 @@ impl Supervisor {
             Ok(true) => return true,
             Ok(false) => self.launch(),
             Err(e) if resumes => self.adopt_later(&e),
-            Err(e) => self.failed(e),
+            Err(e) => {
+                self.adopts = true;
+                self.failed(e);
+            }
         }
         false
     }
@@ -550,8 +553,30 @@ impl Supervisor {
             error!("{e}");
             self.reason = format!("could not be started: {e}");
             self.explained_by_log = false;
+            // It may run all the same, and a second one would fence it.
+            self.adopts = !self.end_what_is_not_ours();
             if self.ever_ready { self.restart() } else { self.failed(e) }
         }
+    }
+
+    /// Ends whatever ZeroFS has our marker and is none that we attend to. Whether nothing is left of them.
+    fn end_what_is_not_ours(&self) -> bool {
+        let mut ended = true;
+        for identity in find_marked(MARKER, self.shared.config.run_dir.as_os_str()) {
+            let process = Process::open(&identity);
+            match process.and_then(|p| p.map_or(Ok(true), |p| Ok(p.kill(KILL_LIMIT)?.is_some()))) {
+                Ok(true) => {}
+                Ok(false) => {
+                    warn!("a ZeroFS ({identity}) does not end");
+                    ended = false;
+                }
+                Err(e) => {
+                    warn!("a ZeroFS ({identity}) may be left: {e}");
+                    ended = false;
+                }
+            }
+        }
+        ended
     }
 
     fn try_launch(&mut self) -> Result<()> {
@@ -650,7 +675,7 @@ impl Supervisor {
 
     fn restart(&mut self) {
         let nothing_to_save = !self.attached || self.owes_nothing();
-        if self.stopping.is_some() && nothing_to_save {
+        if self.stopping.is_some() && nothing_to_save && !self.adopts {
             return self.finish_clean();
         }
         let cause = self.explained_by_log.then(|| self.explain(&self.reason).error);
@@ -766,6 +791,8 @@ impl Supervisor {
             return;
         }
         match result {
+            // Lost again before we heard of it: that word came too early to count.
+            Ok(_) if !self.shared.data.is_up() => self.condemn("its connections were lost at once"),
             Ok(replayed) => {
                 if replayed.entries > 0 {
                     info!("replayed {} writes, {} bytes", replayed.entries, replayed.bytes);
@@ -878,6 +905,8 @@ impl Supervisor {
                 }
             }
             Phase::Ready(_) => self.terminate(),
+            // What may still run is settled first.
+            Phase::Waiting(_) if self.adopts => {}
             // Nothing was ever written through it.
             Phase::Starting(_) if !self.attached => self.terminate(),
             Phase::Waiting(_) | Phase::Asking if !self.attached || self.owes_nothing() => self.finish_clean(),
@@ -944,6 +973,9 @@ impl Supervisor {
     }
 
     fn force_stop(&mut self) {
+        if self.adopts {
+            self.adopts = !self.end_what_is_not_ours();
+        }
         self.kill();
         if let Some(server) = &self.server
             && !server.ended(KILL_LIMIT)
@@ -996,8 +1028,9 @@ impl Supervisor {
         }
         let clean = self.shared.data.log_state() == LogState::Clean;
         let log = clean.then_some(REPLAY_LOG);
-        let gone = SOCKETS.into_iter().chain(log).chain([
-            RECORD,
+        // Without this record the next keeper would not look for what may still run.
+        let record = (!self.adopts).then_some(RECORD);
+        let gone = SOCKETS.into_iter().chain(log).chain(record).chain([
             super::CONFIG,
             super::control::SOCKET,
             super::device::RECORD,

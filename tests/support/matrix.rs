@@ -240,37 +240,49 @@ pub fn matrix(case: &Case, extent: &Extent) {
     let began = Instant::now();
     let devices = Baseline::take();
     let steps = steps(&mut Scene::new(case));
-    let instants = steps
+    let instants: Vec<_> = steps
         .iter()
         .flat_map(|(name, does)| INSTANTS.map(|instant| (name, *does, instant)))
-        .filter(|(_, does, instant)| *does || *instant == "after");
-    let every = if is_long() { 1 } else { extent.every };
-    let points: Vec<_> = instants.enumerate().filter(|(n, _)| (n + 1) % every == 0).collect();
+        .filter(|(_, does, instant)| *does || *instant == "after")
+        .collect();
+    // One at least.
+    let every = if is_long() { 1 } else { extent.every.min(instants.len()) };
+    let points: Vec<_> = instants.into_iter().enumerate().filter(|(n, _)| (n + 1) % every == 0).collect();
     let variants = if is_long() && extent.product { VICTIMS.len() * FOLLOW_UPS.len() } else { 1 };
-    let rounds: Vec<_> = points.iter().flat_map(|point| (0..variants).map(move |v| (point, v))).collect();
+    let rounds: Vec<_> =
+        points.iter().enumerate().flat_map(|(n, point)| (0..variants).map(move |v| (n, point, v))).collect();
     assert!(!rounds.is_empty(), "{}: no instant of {} steps was chosen", case.name(), steps.len());
     println!("{}: {} steps, {} kills to come", case.name(), steps.len(), rounds.len());
+    let (wanted, met) = (AtomicU32::new(0), AtomicU32::new(0));
     side_by_side(
         &rounds,
         || Scene::new(case),
-        |scene, _, ((point, (name, _, instant)), variant)| {
-            // Alone, victims and follow-ups go round: 4 and 3 have no common divisor.
-            let turn = if variants > 1 { *variant } else { *point };
+        |scene, _, (n, (_, (name, _, instant)), variant)| {
+            // Alone, victims and follow-ups go round: 4 and 3 have no common divisor. A step has four instants, too, so
+            // that each of these gets another victim with each step.
+            let turn = if variants > 1 { *variant } else { n + n / INSTANTS.len() };
             let (victim, follow_up) = (VICTIMS[turn % VICTIMS.len()], FOLLOW_UPS[turn % FOLLOW_UPS.len()]);
-            one(scene, name, instant, victim, follow_up);
+            if victim != Victim::Nobody {
+                wanted.fetch_add(1, Ordering::Relaxed);
+            }
+            met.fetch_add(u32::from(one(scene, name, instant, victim, follow_up)), Ordering::Relaxed);
         },
     );
+    // At the first instants of an attach and the last of a detach there is nobody.
+    let (wanted, met) = (wanted.into_inner(), met.into_inner());
+    assert!(wanted < 6 || met > 0, "{}: {wanted} victims, and none of them was there", case.name());
     devices.assert_back();
     println!("{}: {} kills, {:.0?}", case.name(), rounds.len(), began.elapsed());
 }
 
-fn one(scene: &mut Scene<'_>, step: &str, instant: &str, victim: Victim, follow_up: FollowUp) {
+/// Whether the victim was there.
+fn one(scene: &mut Scene<'_>, step: &str, instant: &str, victim: Victim, follow_up: FollowUp) -> bool {
     let case = scene.case;
     let when = format!("{}: {step}:{instant}, {victim:?}, {follow_up:?}", case.name());
     scene.set();
     let command = scene.command();
     assert!(scene.node.killed_at(&format!("{step}:{instant}"), &command), "{when}: it was not killed");
-    scene.node.kill(victim);
+    let met = scene.node.kill(victim);
     match follow_up {
         FollowUp::Again => {}
         FollowUp::Recover => {
@@ -287,6 +299,7 @@ fn one(scene: &mut Scene<'_>, step: &str, instant: &str, victim: Victim, follow_
         scene.must(&scene.attach(), &when);
     }
     scene.check(&when);
+    met
 }
 
 /// The command was killed so early that nothing is on this node, or so late that nothing is left: then there is
