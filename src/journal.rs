@@ -659,7 +659,8 @@ impl Lock {
         let mut patience = 100;
         let own = std::process::id() as i32;
         let begun = Instant::now();
-        let busy = |who: &str| {
+        let busy = |held: Option<i32>| {
+            let who = held.map_or_else(String::new, |pid| format!(" (pid {pid})"));
             Error::new(Kind::Busy, format!("another command is at work on it{who}"))
                 .on(volume)
                 .hint(format!("wait for it, or see what it does: zerofsctl show {volume}"))
@@ -678,8 +679,8 @@ impl Lock {
                             // It starts the next keeper, without which we could do nothing either.
                             std::thread::sleep(Duration::from_millis(10));
                         }
-                        Some(pid) if pid != own => return Err(busy(&format!(" (pid {pid})"))),
-                        _ if patience == 0 => return Err(busy("")),
+                        Some(pid) if pid != own => return Err(busy(held)),
+                        _ if patience == 0 => return Err(busy(held)),
                         _ => {
                             patience -= 1;
                             std::thread::sleep(Duration::from_millis(1));
