@@ -153,7 +153,7 @@ pub(crate) struct Supervisor {
     reason: String,
     /// Whether its log may tell the cause of that end.
     explained_by_log: bool,
-    /// What an earlier keeper left behind is to be settled before anything is started.
+    /// What an earlier keeper, or an earlier start, may have left running is to be settled before anything is started.
     adopts: bool,
 }
 
@@ -201,25 +201,8 @@ impl Supervisor {
         if resumes {
             (self.ever_ready, self.attached) = (true, true);
         }
-        match self.adopt() {
-            Ok(true) => return true,
-            Ok(false) => self.launch(),
-            Err(e) if resumes => self.adopt_later(&e),
-            Err(e) => {
-                self.adopts = true;
-                self.failed(e);
-            }
-        }
-        false
-    }
-
-    /// The server of an earlier keeper is in the way, and a device waits: this is tried again, and none is started before.
-    fn adopt_later(&mut self, e: &Error) {
-        error!("{e}");
         self.adopts = true;
-        self.reason = format!("is not started: {e}");
-        self.explained_by_log = false;
-        self.restart();
+        self.launch()
     }
 
     /// Works until the volume is stopped. Returns whether the end was a clean one.
@@ -260,7 +243,9 @@ impl Supervisor {
     fn tick(&mut self) {
         let now = Instant::now();
         match self.phase {
-            Phase::Waiting(until) if now >= until => self.launch(),
+            Phase::Waiting(until) if now >= until => {
+                self.launch();
+            }
             Phase::Starting(_) if !self.ever_ready && now >= self.begun + self.start_limit() => {
                 self.start_took_too_long();
             }
@@ -505,16 +490,20 @@ impl Supervisor {
         }
     }
 
-    fn launch(&mut self) {
+    /// Starts a server, once nothing of an earlier one is in the way. Whether that one was adopted instead.
+    fn launch(&mut self) -> bool {
         if self.adopts {
             match self.adopt() {
                 Ok(adopted) => {
                     self.adopts = false;
                     if adopted {
-                        return;
+                        return true;
                     }
                 }
-                Err(e) => return self.adopt_later(&e),
+                Err(e) => {
+                    self.not_started(e);
+                    return false;
+                }
             }
         }
         match &self.hooks.before_restart {
@@ -533,6 +522,7 @@ impl Supervisor {
             }
             _ => self.launch_now(),
         }
+        false
     }
 
     fn owner(&mut self, answer: Result<()>) {
@@ -550,16 +540,21 @@ impl Supervisor {
 
     fn launch_now(&mut self) {
         if let Err(e) = self.try_launch() {
-            error!("{e}");
-            self.reason = format!("could not be started: {e}");
-            self.explained_by_log = false;
             // It may run all the same, and a second one would fence it.
             self.adopts = !self.end_what_is_not_ours();
-            if self.ever_ready { self.restart() } else { self.failed(e) }
+            self.not_started(e);
         }
     }
 
-    /// Ends whatever ZeroFS has our marker and is none that we attend to. Whether nothing is left of them.
+    /// Tried again when it has been ready before, or a device waits for it.
+    fn not_started(&mut self, e: Error) {
+        error!("{e}");
+        self.reason = format!("could not be started: {e}");
+        self.explained_by_log = false;
+        if self.ever_ready { self.restart() } else { self.failed(e) }
+    }
+
+    /// Ends whatever ZeroFS has our marker, while we attend to none. Whether nothing is left of them.
     fn end_what_is_not_ours(&self) -> bool {
         let mut ended = true;
         for identity in find_marked(MARKER, self.shared.config.run_dir.as_os_str()) {
