@@ -19,7 +19,7 @@ use crate::error::{Doing, Error, Kind, Result};
 use crate::plan::{Operation, Plan, Task};
 use crate::step::Step;
 use crate::step::{Direction, Facts};
-use crate::values::VolumeId;
+use crate::values::{TargetPath, VolumeId};
 
 mod compact;
 
@@ -353,6 +353,15 @@ impl Standing {
     /// Everywhere that the volume is, or shall be again, oldest first.
     pub fn all_places(&self) -> impl DoubleEndedIterator<Item = &Step> {
         self.places.iter().chain(self.awaited.iter().flat_map(|a| &a.places))
+    }
+
+    /// The links and files that are the device itself, as a raw attach makes them.
+    pub fn raw_places(&self) -> impl Iterator<Item = &TargetPath> {
+        self.places.iter().filter_map(|place| match place {
+            Step::Link(link) => Some(&link.target),
+            Step::Bind(bind) if bind.source.is_none() => Some(&bind.target),
+            _ => None,
+        })
     }
 
     /// A run takes down what shall come back.
@@ -710,7 +719,6 @@ impl Lock {
 mod tests {
     use super::*;
     use crate::step::{Mount, WriteConfig};
-    use crate::values::TargetPath;
 
     fn volume() -> VolumeId {
         "vol1".parse().unwrap()

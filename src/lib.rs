@@ -85,4 +85,4 @@ pub mod values;
 pub mod error;
 pub mod atomic_file;
 pub mod background;
-pub mod apart;
+mod apart;

@@ -416,7 +416,7 @@ impl<'a> World for &'a Node {
         Ok(())
     }
 
-    fn leads_to(&self, _: &VolumeId) -> Result<Option<std::path::PathBuf>> {
+    fn leads_to(&self, _: &VolumeId, _: u32) -> Result<Option<std::path::PathBuf>> {
         Ok(None)
     }
 

@@ -432,19 +432,6 @@ fn nbd_the_direct_path_under_the_same_kills_fails_or_is_clean_and_never_reads_wr
 
 // ---- A server that stays away.
 
-/// Nothing can be started any more: what the store is in has another place.
-fn hide_the_store(node: &Node) {
-    let store = node.state().join("store");
-    fs::rename(&store, node.state().join("store.away")).expect("the state folder can be written");
-    fs::write(&store, b"not a folder").expect("the state folder can be written");
-}
-
-fn show_the_store(node: &Node) {
-    let store = node.state().join("store");
-    fs::remove_file(&store).expect("the state folder can be written");
-    fs::rename(node.state().join("store.away"), &store).expect("the state folder can be written");
-}
-
 #[test]
 fn nbd_a_server_that_is_gone_for_long_and_comes_back_is_a_stall_and_nothing_else() {
     let away = Duration::from_secs(if is_long() { 120 } else { 20 });
@@ -453,12 +440,12 @@ fn nbd_a_server_that_is_gone_for_long_and_comes_back_is_a_stall_and_nothing_else
     let ledger = Ledger::new(lab.target().join("ledger"), 256).start(rng.random(), 16);
     let load = writing(job(&lab, "direct"), true, 64).start();
     std::thread::sleep(SECOND);
-    hide_the_store(&lab.node);
+    lab.node.hide_the_store();
     let at = Instant::now();
     assert!(lab.node.kill(Victim::Both));
     std::thread::sleep(away);
     assert!(!ledger.thread.is_finished(), "I/O failed while the server was away");
-    show_the_store(&lab.node);
+    lab.node.show_the_store();
     wait_until("the device is served again", LIMIT, || lab.serves_again(&[]));
     let restart = at.elapsed() - away;
     let mut faults = Vec::new();
@@ -485,7 +472,7 @@ fn nbd_a_server_that_is_gone_for_ever_lets_a_detach_end_and_it_says_what_was_los
     let node = &lab.node;
     let bytes = pattern(3, 2 << 20);
     write_durably(&target(node).join("synced"), &bytes);
-    hide_the_store(node);
+    node.hide_the_store();
     assert!(node.kill(Victim::Both));
     // In the page cache, and nowhere else.
     fs::write(target(node).join("cached"), &bytes).expect("the page cache takes it");
@@ -510,7 +497,7 @@ fn nbd_a_server_that_is_gone_for_ever_lets_a_detach_end_and_it_says_what_was_los
     println!("gone for ever: a detach ended after {took:.1?}, a forced one after {:.1?}", began.elapsed());
     assert!(took < LIMIT && began.elapsed() < LIMIT, "they are bounded");
     lab.before.assert_back();
-    show_the_store(node);
+    node.show_the_store();
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("once the store is back");
     attach(node, &[]);

@@ -288,14 +288,11 @@ fn nbd_a_raw_device_waits_and_without_a_server_is_freed_by_force() {
     node.ok(&["recover", "vol1"]);
     write(8 << 20).unwrap();
     assert!(node.kill(Victim::Keeper));
-    let (store, away) = (node.state().join("store"), node.state().join("store.away"));
-    fs::rename(&store, &away).unwrap();
-    fs::write(&store, b"not a folder").unwrap();
+    node.hide_the_store();
     assert!(node.kill(Victim::Zerofs));
     node.run(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
     assert_eq!(connected(), before, "the device is free");
-    fs::remove_file(&store).unwrap();
-    fs::rename(&away, &store).unwrap();
+    node.show_the_store();
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("once the store is back");
     node.ok(&attach);
@@ -316,16 +313,13 @@ fn nbd_a_raw_device_that_nobody_has_opened_is_freed_without_its_server() {
     let before = connected();
     let link = node.target("disk");
     node.ok(&["attach", "vol1", "--target", &link, "--size", "256Mi", "--block", "--transport", "nbd"]);
-    let (store, away) = (node.state().join("store"), node.state().join("store.away"));
-    fs::rename(&store, &away).unwrap();
-    fs::write(&store, b"not a folder").unwrap();
+    node.hide_the_store();
     assert!(node.kill(Victim::Both));
     let mut detach = node.command(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
     let mut detach = detach.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     wait_until("the detach ends", LONG, || detach.try_wait().unwrap().is_some());
     assert_eq!(connected(), before, "the device is free");
-    fs::remove_file(&store).unwrap();
-    fs::rename(&away, &store).unwrap();
+    node.show_the_store();
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("once the store is back");
 }
@@ -388,10 +382,7 @@ fn nbd_without_a_server_a_detach_ends_and_with_force_frees_the_device() {
     node.ok(&["attach", "vol1", "--target", &m, "--size", "256Mi", "--transport", "nbd"]);
     write_durably(&Path::new(&m).join("data"), &bytes);
     // What no server takes: the store is gone, and then everybody who could tell.
-    let store = node.state().join("store");
-    let away = node.state().join("store.away");
-    fs::rename(&store, &away).unwrap();
-    fs::write(&store, b"not a folder").unwrap();
+    node.hide_the_store();
     assert!(node.kill(Victim::Both));
     fs::write(Path::new(&m).join("cached"), &bytes).unwrap();
 
@@ -403,8 +394,7 @@ fn nbd_without_a_server_a_detach_ends_and_with_force_frees_the_device() {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(&format!(" {m} ")), "{mounts}");
 
-    fs::remove_file(&store).unwrap();
-    fs::rename(&away, &store).unwrap();
+    node.show_the_store();
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("once the store is back");
     node.ok(&["attach", "vol1", "--target", &m]);

@@ -17,7 +17,6 @@ use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, ConnectOptions, NbdPath, Status};
 use crate::keeper::device::{RECORD, Record};
 use crate::keeper::process::Identity;
-use crate::step::Step;
 use crate::values::VolumeId;
 
 /// For how long the kernel may take to let go of an NBD device.
@@ -127,11 +126,8 @@ pub(super) fn index_that_nobody_means(dirs: &Dirs, volume: &VolumeId) -> Result<
     for other in journal::volumes(&dirs.run)?.iter().filter(|other| *other != volume) {
         // A journal that cannot be read is its own volume's trouble, and nobody else's.
         let standing = Standing::of(&Journal::peek(&dirs.run, other).unwrap_or_default().unwrap_or_default());
-        let raw = |place: &Step| {
-            matches!(place, Step::Link(_)) || matches!(place, Step::Bind(b) if b.source.is_none())
-        };
-        let index = standing.facts.device.and_then(|d| sysfs::index_of(&d.path));
-        if let Some(index) = index.filter(|_| standing.places.iter().any(raw))
+        let device = standing.facts.device.as_ref().filter(|_| standing.raw_places().next().is_some());
+        if let Some(index) = device.and_then(|d| sysfs::index_of(&d.path))
             && free(index)?
         {
             meant.push(index);
@@ -140,12 +136,8 @@ pub(super) fn index_that_nobody_means(dirs: &Dirs, volume: &VolumeId) -> Result<
     if meant.is_empty() {
         return Ok(None);
     }
-    for index in 0.. {
-        if !meant.contains(&index) && free(index)? {
-            return Ok(Some(index));
-        }
-    }
-    Ok(None)
+    let mut others = (0..u32::MAX).filter(|index| !meant.contains(index));
+    others.find_map(|index| free(index).map(|free| free.then_some(index)).transpose()).transpose()
 }
 
 /// What a keeper is asked for.

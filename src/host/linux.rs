@@ -677,10 +677,13 @@ impl LinuxHost {
             return Ok(());
         }
         // The device too: a filesystem that has nothing to write may leave it alone, and yet write when it is unmounted.
+        let begun = Instant::now();
         for words in [&[OsStr::new("--file-system"), target.as_os_str()] as &[&OsStr], &[OsStr::new(&source)]]
         {
             let mut child = Program::Sync.spawn(words)?;
-            let ended = programs::wait(&mut child, Some(self.patience), &mut |elapsed| {
+            let left = self.patience.saturating_sub(begun.elapsed());
+            let ended = programs::wait(&mut child, Some(left), &mut |_| {
+                let elapsed = begun.elapsed();
                 (self.progress)("write out what is cached", elapsed.as_secs(), Some(self.patience.as_secs()));
             });
             // What could not be written is for the unmount to find out.

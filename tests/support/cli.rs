@@ -64,6 +64,22 @@ impl Node {
         self.dir.join("s")
     }
 
+    /// Nothing can be started any more: what the store is in has another place.
+    #[track_caller]
+    pub fn hide_the_store(&self) {
+        let store = self.state().join("store");
+        fs::rename(&store, self.state().join("store.away")).expect("the state folder can be written");
+        fs::write(&store, b"not a folder").expect("the state folder can be written");
+    }
+
+    /// And back.
+    #[track_caller]
+    pub fn show_the_store(&self) {
+        let store = self.state().join("store");
+        fs::remove_file(&store).expect("the state folder can be written");
+        fs::rename(self.state().join("store.away"), &store).expect("the state folder can be written");
+    }
+
     /// The run root.
     pub fn run_root(&self) -> PathBuf {
         self.dir.join("r")

@@ -161,19 +161,9 @@ pub fn give_back_queue(index: u32) {
     }
 }
 
-/// Disconnects a device and waits up to `limit` until the kernel has let go of this connection: no pid, no backend, no
-/// size. Nothing to do when the index is not connected any more, or is somebody else's by now.
-///
-/// The caller has flushed, and has proved that nobody uses the device. [`Kind::Busy`] when the time is over: somebody
-/// still holds it open, and it goes when they close it.
-pub fn disconnect_and_wait(device: &sysfs::NbdDevice, limit: Duration) -> Result<()> {
-    let begun = Instant::now();
-    let index = device.index;
-    // Another connection has another process or another name.
-    let same = |d: &sysfs::NbdDevice| d.connected && (d.pid, &d.backend) == (device.pid, &device.backend);
-    if !sysfs::one(index)?.is_some_and(|d| same(&d)) {
-        return Ok(());
-    }
+/// Asks the kernel to disconnect an index, and waits up to `limit` for its answer; false when there is none yet. What of the
+/// device stays, and for how long, is for the caller to see.
+pub fn disconnect_within(index: u32, limit: Duration) -> Result<bool> {
     // First, since it could be somebody else's right after the disconnect.
     give_back_queue(index);
     // On a thread: the call itself waits for the kernel's receivers, and there is no way to end it.
@@ -182,16 +172,29 @@ pub fn disconnect_and_wait(device: &sysfs::NbdDevice, limit: Duration) -> Result
         let _ = tell.send(netlink::disconnect(index));
     });
     spawned.map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
+    told.recv_timeout(limit).map_or(Ok(false), |done| done.map(|()| true))
+}
+
+/// Disconnects a device and waits up to `limit` until the kernel has let go of this connection: no pid, no backend, no
+/// size. Nothing to do when the index is not connected any more, or is somebody else's by now.
+///
+/// The caller has flushed, and has proved that nobody uses the device. [`Kind::Busy`] when the time is over: somebody
+/// still holds it open, and it goes when they close it.
+pub fn disconnect_and_wait(device: &sysfs::NbdDevice, limit: Duration) -> Result<()> {
+    let begun = Instant::now();
+    let index = device.index;
+    if !sysfs::one(index)?.is_some_and(|d| d.is_same_connection(device)) {
+        return Ok(());
+    }
     let held = |what: &str| {
         Error::new(Kind::Busy, format!("/dev/nbd{index} {what} after {:.0} s", begun.elapsed().as_secs_f64()))
             .hint(format!("see who holds it: fuser -vm /dev/nbd{index}; then run the same command again"))
     };
-    match told.recv_timeout(limit) {
-        Ok(done) => done?,
-        Err(_) => return Err(held("is still being disconnected")),
+    if !disconnect_within(index, limit)? {
+        return Err(held("is still being disconnected"));
     }
     let lingers = |d: &sysfs::NbdDevice| !d.connected && (d.backend.is_some() || d.size.0 != 0);
-    while sysfs::one(index)?.is_some_and(|d| same(&d) || lingers(&d)) {
+    while sysfs::one(index)?.is_some_and(|d| d.is_same_connection(device) || lingers(&d)) {
         if begun.elapsed() >= limit {
             return Err(held("is disconnected, but not yet free"));
         }

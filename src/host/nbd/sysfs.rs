@@ -33,6 +33,12 @@ impl NbdDevice {
     pub fn path(&self) -> PathBuf {
         path(self.index)
     }
+
+    /// Whether both are one connection, as far as the kernel tells: another one has another process or another identifier.
+    pub fn is_same_connection(&self, other: &NbdDevice) -> bool {
+        let id = |d: &NbdDevice| d.connected.then(|| (d.index, d.pid, d.backend.clone()));
+        self.connected && id(self) == id(other)
+    }
 }
 
 /// `/dev/nbdN`

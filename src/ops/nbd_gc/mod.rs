@@ -60,7 +60,7 @@ pub trait World {
     /// Disconnects, and waits until the kernel has let go; gives the claim back meanwhile.
     fn disconnect(&self, index: u32, claim: Self::Claim) -> Result<()>;
     /// A path of the volume that still leads to the device, and would lead to whoever gets its index next.
-    fn leads_to(&self, volume: &VolumeId) -> Result<Option<PathBuf>>;
+    fn leads_to(&self, volume: &VolumeId, index: u32) -> Result<Option<PathBuf>>;
     /// What the volume's replay log holds; counted only with its lock.
     fn left(&self, volume: &VolumeId, lock: Option<&Self::Lock>) -> Result<Left>;
 }
@@ -169,7 +169,7 @@ fn keep<W: World>(
         return Ok(Some(why));
     }
     let Some(volume) = &device.volume else { return Ok(None) };
-    let path = world.leads_to(volume)?;
+    let path = world.leads_to(volume, device.index)?;
     Ok(path.map(|p| format!("{} leads to it: zerofsctl recover {volume}, or detach it", p.display())))
 }
 

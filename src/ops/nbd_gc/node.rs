@@ -1,19 +1,17 @@
 //! The collector's world: this machine.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::{Left, World};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Error, Result};
 use crate::host::bind::is_node_of;
 use crate::host::nbd::claim::{self, Claim};
 use crate::host::nbd::owners::RunDir;
 use crate::host::nbd::survey::{self, Roots, Scope, Survey};
-use crate::host::nbd::{give_back_queue, marks, netlink, sysfs};
+use crate::host::nbd::{disconnect_within, marks, sysfs};
 use crate::journal::{Held, Journal, Standing, volume_folder};
 use crate::keeper::log::{self, ReplayLog};
-use crate::step::Step;
 use crate::values::VolumeId;
 
 /// How long keepers may take to answer, all together.
@@ -80,21 +78,15 @@ impl World for Node {
             },
             open => open,
         };
-        let id =
-            |survey: Option<sysfs::NbdDevice>| survey.filter(|d| d.connected).map(|d| (d.pid, d.backend));
-        let before = id(sysfs::one(index)?);
-        give_back_queue(index);
-        let (tell, told) = mpsc::sync_channel(1);
-        std::thread::Builder::new()
-            .name("disconnect".into())
-            .spawn(move || tell.send(netlink::disconnect(index)))
-            .doing("start a thread to disconnect", sysfs::path(index))?;
+        let before = sysfs::one(index)?;
         let begun = Instant::now();
         let slow = || {
             Error::failed(format!("/dev/nbd{index} is not free {} s after the disconnect", LET_GO.as_secs()))
                 .hint(format!("see who holds it: fuser -v /dev/nbd{index}; then run the same command again"))
         };
-        told.recv_timeout(LET_GO).map_err(|_| slow())??;
+        if !disconnect_within(index, LET_GO)? {
+            return Err(slow());
+        }
         // Only now: while we have it open, the index cannot become somebody else's. From here on we only look.
         match claim {
             Claim::Open(fd) => drop(fd),
@@ -103,7 +95,8 @@ impl World for Node {
                 drop(opened.recv_timeout(LET_GO.saturating_sub(begun.elapsed())).map_err(|_| slow())?);
             }
         }
-        while before.is_some() && id(sysfs::one(index)?) == before {
+        let is_there = |now: &sysfs::NbdDevice| before.as_ref().is_some_and(|d| now.is_same_connection(d));
+        while sysfs::one(index)?.is_some_and(|now| is_there(&now)) {
             if begun.elapsed() >= LET_GO {
                 return Err(slow());
             }
@@ -112,22 +105,12 @@ impl World for Node {
         Ok(())
     }
 
-    fn leads_to(&self, volume: &VolumeId) -> Result<Option<PathBuf>> {
-        let Some(entries) = Journal::peek(&self.run, volume)? else { return Ok(None) };
-        let standing = Standing::of(&entries);
-        let Some(device) = standing.facts.device else { return Ok(None) };
-        for place in &standing.places {
-            let (target, leads) = match place {
-                Step::Link(l) => {
-                    let link = std::fs::read_link(l.target.as_path());
-                    (&l.target, link.is_ok_and(|to| to == device.path))
-                }
-                Step::Bind(b) if b.source.is_none() => {
-                    (&b.target, is_node_of(b.target.as_path(), &device.path)?)
-                }
-                _ => continue,
-            };
-            if leads {
+    fn leads_to(&self, volume: &VolumeId, index: u32) -> Result<Option<PathBuf>> {
+        let standing = Standing::of(&Journal::peek(&self.run, volume)?.unwrap_or_default());
+        let device = sysfs::path(index);
+        for target in standing.raw_places() {
+            let target_is_link = std::fs::read_link(target.as_path()).is_ok_and(|to| to == device);
+            if target_is_link || is_node_of(target.as_path(), &device)? {
                 return Ok(Some(target.as_path().to_owned()));
             }
         }
