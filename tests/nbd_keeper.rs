@@ -100,7 +100,10 @@ impl Bench {
     fn with(zeros_when_closed: bool) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk { volatile: vec![0; SIZE], durable: vec![0; SIZE], size: SIZE, ..Disk::default() };
-        let disk = Arc::new(Mutex::new(disk));
+        Bench::of(dir, Arc::new(Mutex::new(disk)), zeros_when_closed)
+    }
+
+    fn of(dir: TempDir, disk: Arc<Mutex<Disk>>, zeros_when_closed: bool) -> Bench {
         let config = DataPathConfig {
             run_dir: dir.path().to_owned(),
             export: "vol".into(),
@@ -117,6 +120,23 @@ impl Bench {
         Bench { dir, disk, path, events }
     }
 
+    /// The keeper and the server are gone; the next ones find what they left.
+    fn killed(self, server: Server) -> Bench {
+        server.kill();
+        let Bench { dir, disk, path, .. } = self;
+        drop(path);
+        Bench::of(dir, disk, true)
+    }
+
+    /// Waits until so many operations are in flight.
+    fn wait_for_pending(&self, n: u64) {
+        let end = Instant::now() + Duration::from_secs(30);
+        while self.path.stats().pending < n {
+            assert!(Instant::now() < end, "{:?}", self.path.stats());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn server(&self) -> Server {
         let server = Server::start(self.dir.path(), &self.disk);
         self.path.server_up().unwrap();
@@ -125,7 +145,7 @@ impl Bench {
 
     fn sockets(&self, n: usize, read_only: bool) -> Vec<Kernel> {
         let (ours, theirs): (Vec<_>, Vec<_>) = (0..n).map(|_| UnixStream::pair().unwrap()).unzip();
-        self.path.serve_nbd(ours, read_only).unwrap();
+        self.path.serve_nbd(ours, read_only, &[]).unwrap();
         theirs.into_iter().map(Kernel::new).collect()
     }
 
@@ -318,6 +338,90 @@ fn hostile_streams_end_their_own_socket_and_no_other() {
     kernel.stream.write_all(&bye).unwrap();
     bench.told(|e| matches!(e, DataEvent::DeviceGone(_)));
     assert_eq!(bench.path.nbd_sockets(), 0);
+    server.kill();
+}
+
+/// The next keeper answers what the one before had taken, on the new socket and before anything that is asked there.
+#[test]
+fn the_next_keeper_answers_what_the_one_before_had_taken() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    // What the kernel counts is in the upper half.
+    kernel.cookie = 1 << 32;
+    kernel.ask(Command::Write, 0, BLOCK, &[1; BLOCK]).unwrap();
+    kernel.ask(Command::Write, MIB, 9 * BLOCK, &[2; 9 * BLOCK]).unwrap();
+    server.stop(true);
+    let small = kernel.send(Command::Write, 0, 4 * BLOCK, BLOCK, &[3; BLOCK]);
+    let landed = kernel.send(Command::Write, FLAG_FUA, 2 * MIB, 64 * BLOCK, &[4; 64 * BLOCK]);
+    let read = kernel.send(Command::Read, 0, MIB, 9 * BLOCK, &[]);
+    let flush = kernel.send(Command::Flush, 0, 0, 0, &[]);
+    let overlaps = kernel.send(Command::Write, 0, 4 * BLOCK, BLOCK, &[5; BLOCK]);
+    let torn = kernel.request(Command::Write, 0, 6 * MIB, BLOCK, &[6; BLOCK]);
+    kernel.stream.write_all(&torn[..torn.len() - 1]).unwrap();
+    bench.wait_for_pending(5);
+
+    let bench = bench.killed(server);
+    let server = bench.server();
+    let replies = bench.path.owed_replies(Duration::from_secs(30));
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    bench.path.serve_nbd(vec![ours], false, &replies).unwrap();
+    let mut next = Kernel::new(theirs);
+    next.flying = [(small, 0), (landed, 0), (read, 9 * BLOCK), (flush, 0)].into();
+    while !next.flying.is_empty() {
+        let (cookie, result) = next.reply();
+        assert_eq!(result.unwrap(), vec![2; if cookie == read { 9 * BLOCK } else { 0 }]);
+    }
+    // Those two had not got into the log: the kernel sends them again, and nothing is said of them meanwhile.
+    next.cookie = overlaps + (1 << 32);
+    assert!(next.ask(Command::Read, 4 * BLOCK, BLOCK, &[]).unwrap() == [3; BLOCK]);
+    let disk = bench.disk.lock().unwrap();
+    assert!(
+        disk.durable[4 * BLOCK..5 * BLOCK] == [3; BLOCK]
+            && disk.durable[2 * MIB..][..64 * BLOCK] == [4; 64 * BLOCK]
+    );
+    assert!(disk.durable[6 * MIB..][..BLOCK] == [0; BLOCK]);
+    drop(disk);
+
+    // All that was owed has been said: a third keeper has nothing to add, nor has one of another device.
+    let third = bench.killed(server);
+    let server = third.server();
+    assert!(third.path.owed_replies(Duration::from_secs(30)).is_empty());
+    server.kill();
+}
+
+/// What the server does not answer in time is left to the kernel, and stays unsaid when it is answered after all.
+#[test]
+fn a_late_answer_to_what_an_earlier_keeper_had_taken_is_not_given() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    kernel.cookie = 1 << 32;
+    server.stop(true);
+    kernel.send(Command::Read, 0, MIB, BLOCK, &[]);
+    bench.wait_for_pending(1);
+    let bench = bench.killed(server);
+    let server = bench.server();
+    server.stop(true);
+    let replies = bench.path.owed_replies(Duration::from_millis(50));
+    assert!(replies.is_empty());
+    let mut next = bench.sockets(1, false).remove(0);
+    next.cookie = 2 << 32;
+    let again = next.send(Command::Read, 0, MIB, BLOCK, &[]);
+    bench.wait_for_pending(2);
+    server.stop(false);
+    let (cookie, data) = next.reply();
+    assert!(cookie == again && data.unwrap() == [0; BLOCK]);
+    assert!(next.ask(Command::Read, 0, BLOCK, &[]).unwrap() == [0; BLOCK], "nothing else was said");
+    // The device of another attach: none of that is about it.
+    server.stop(true);
+    next.send(Command::Flush, 0, 0, 0, &[]);
+    next.send(Command::Read, 0, 0, BLOCK, &[]);
+    bench.wait_for_pending(1);
+    let bench = bench.killed(server);
+    bench.path.forget_requests();
+    let server = bench.server();
+    assert!(bench.path.owed_replies(Duration::from_secs(30)).is_empty());
     server.kill();
 }
 

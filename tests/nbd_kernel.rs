@@ -437,7 +437,7 @@ fn nbd_kernel_takes_replies_in_pages_that_came_from_another_socket() {
         let (tell, events) = mpsc::channel();
         let data = DataPath::new(config, Arc::new(Asks(Arc::clone(&disk))), tell).unwrap();
         data.server_up().unwrap();
-        let sockets = sockets_of(&data, GUARDED_SOCKETS, false).unwrap();
+        let sockets = sockets_of(&data, GUARDED_SOCKETS, false, &[]).unwrap();
         let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
         let index = netlink::connect(&netlink::Connect {
             index: None,

@@ -302,7 +302,7 @@ impl Attached {
             Way::Guarded => {
                 let data = data_path(dir, zeros_when_closed);
                 let flags = data.flags().expect("a server is up");
-                let sockets = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made");
+                let sockets = sockets_of(&data, GUARDED_SOCKETS, false, &[]).expect("sockets can be made");
                 let index = connect(NbdPath::Guarded, &sockets, flags, data.size(), None);
                 Attached::Kernel { index, data: Some(data) }
             }
@@ -386,7 +386,7 @@ pub fn wire(scale: &Scale) {
     let dir = TestDir::new();
     let server = Memory::serve(dir.path());
     let data = data_path(dir.path(), false);
-    let mut kernel = sockets_of(&data, GUARDED_SOCKETS, false).expect("sockets can be made").remove(0);
+    let mut kernel = sockets_of(&data, GUARDED_SOCKETS, false, &[]).expect("sockets can be made").remove(0);
     println!(
         "### The guarded path without a device: a socket and nbdkit memory; median of {} turns each\n",
         scale.rounds

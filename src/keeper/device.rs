@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use super::control::{ConnectOptions, NbdPath, NbdStatus, State};
-use super::path::DataPath;
+use super::path::{DataPath, OwedReply};
 use super::process::{Exit, boot_id, write_json};
 use super::service::{Shared, stopping_error};
 use super::{lock, thread};
@@ -55,6 +55,8 @@ const MENDS: usize = 20;
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 /// How long the kernel may take to let go of a device.
 const LET_GO_LIMIT: Duration = Duration::from_secs(30);
+/// How long new I/O waits for what an earlier keeper owes to the kernel.
+const OWED_LIMIT: Duration = Duration::from_millis(500);
 /// How long the kernel may take to see that the sockets of a dead keeper are dead.
 const TAKE_LIMIT: Duration = Duration::from_secs(20);
 /// How long the kernel may take to change a device's settings, for which it lets all I/O in flight end.
@@ -284,6 +286,7 @@ impl Shared {
             reconnects: 0,
             failed: None,
         };
+        self.data.forget_requests();
         let made = match options.path {
             NbdPath::Guarded => self.guarded_sockets(GUARDED_SOCKETS, record.read_only),
             NbdPath::Direct => self.direct_sockets(),
@@ -329,7 +332,7 @@ impl Shared {
 
     fn guarded_sockets(&self, n: usize, read_only: bool) -> Result<(Vec<UnixStream>, TransmissionFlags)> {
         let flags = self.data.flags().ok_or_else(|| Error::failed("no server has been up yet"))?;
-        Ok((self.sockets_for(n, read_only)?, flags))
+        Ok((sockets_of(&self.data, n, read_only, &[])?, flags))
     }
 
     /// Connections to ZeroFS, in the transmission phase.
@@ -471,6 +474,14 @@ impl Shared {
                 self.data.size()
             )));
         }
+        // On one connection, a reply is on the right one. A kernel without identifiers may be too old to tell a reply to
+        // an earlier request of the same number.
+        let replies = if fenced || device.backend.is_none() || record.sockets != 1 {
+            self.data.forget_requests();
+            Vec::new()
+        } else {
+            self.data.owed_replies(OWED_LIMIT)
+        };
         let begun = Instant::now();
         loop {
             let missing = record.sockets.saturating_sub(self.data.nbd_sockets());
@@ -486,7 +497,7 @@ impl Shared {
                     ),
                 ));
             }
-            let sockets = self.sockets_for(missing, record.read_only)?;
+            let sockets = sockets_of(&self.data, missing, record.read_only, &replies)?;
             let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
             netlink::reconfigure(
                 index,
@@ -505,13 +516,11 @@ impl Shared {
         (record.index, record.pid) = (Some(index), device.pid);
         record.reconnects += 1;
         self.remember(&record)?;
-        info!("/dev/nbd{index} has new sockets");
+        info!(
+            "/dev/nbd{index} has new sockets, and the replies to {} requests that the earlier keeper had taken",
+            replies.len()
+        );
         Ok(())
-    }
-
-    /// Pairs of sockets, of which we serve one end; gives the other ends.
-    fn sockets_for(&self, n: usize, read_only: bool) -> Result<Vec<UnixStream>> {
-        sockets_of(&self.data, n, read_only)
     }
 
     // --- growing, ending --------------------------------------------------------------------------------
@@ -759,8 +768,14 @@ fn pid_for_the_kernel() -> Option<i32> {
     first.then(|| nix::unistd::gettid().as_raw())
 }
 
-/// Pairs of sockets, of which the data path serves one end each; gives the other ends, for the kernel.
-pub fn sockets_of(data: &DataPath, n: usize, read_only: bool) -> Result<Vec<UnixStream>> {
+/// Pairs of sockets, of which the data path serves one end each, and says these replies on the first; gives the other
+/// ends, for the kernel.
+pub fn sockets_of(
+    data: &DataPath,
+    n: usize,
+    read_only: bool,
+    replies: &[OwedReply],
+) -> Result<Vec<UnixStream>> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..n {
         let (a, b) = UnixStream::pair().doing("make", "a pair of sockets")?;
@@ -769,7 +784,7 @@ pub fn sockets_of(data: &DataPath, n: usize, read_only: bool) -> Result<Vec<Unix
         ours.push(a);
         theirs.push(b);
     }
-    data.serve_nbd(ours, read_only)?;
+    data.serve_nbd(ours, read_only, replies)?;
     Ok(theirs)
 }
 

@@ -496,19 +496,29 @@ impl<T> Guard<T> {
     }
 
     /// An operation from above. A write is at most [`ReplayLog::max_payload`] long, other ranges at most
-    /// `u32::MAX`.
-    pub fn submit(&mut self, now: Now, op: Op<'_>, token: T, out: &mut Actions<T>) {
+    /// `u32::MAX`. Gives the log entry of a mutation that need not wait for anything.
+    pub fn submit(&mut self, now: Now, op: Op<'_>, token: T, out: &mut Actions<T>) -> Option<u64> {
         let landed = matches!(op, Op::Landed { .. });
-        self.submit_one(now, op, token, out);
+        let begun =
+            self.admit(now, op, token, out).and_then(|(index, data)| self.begin(now, index, data, out));
         if landed {
             // Whatever became of it, the place is free for the next one.
             self.end_landing();
         }
+        begun
     }
 
-    fn submit_one(&mut self, now: Now, op: Op<'_>, token: T, out: &mut Actions<T>) {
+    /// Its place among the operations, and its data; none when nothing is left to be done for it.
+    fn admit<'a>(
+        &mut self,
+        now: Now,
+        op: Op<'a>,
+        token: T,
+        out: &mut Actions<T>,
+    ) -> Option<(usize, Data<'a>)> {
         if self.phase == Phase::Failed || self.timed_out(now) {
-            return self.answer_error(token, || "an operation after the end".into(), EIO, out);
+            self.answer_error(token, || "an operation after the end".into(), EIO, out);
+            return None;
         }
         let none = Data::Bytes(&[]);
         let (kind, offset, len, fua, data) = match op {
@@ -517,7 +527,8 @@ impl<T> Guard<T> {
                 (OpKind::Mutation(Kind::Write), offset, data.len() as u64, fua, Data::Bytes(data))
             }
             Op::Landed { .. } if self.log.landing_left() != Some(0) => {
-                return self.answer_error(token, || "a write that is not here".into(), EIO, out);
+                self.answer_error(token, || "a write that is not here".into(), EIO, out);
+                return None;
             }
             Op::Landed { offset, fua } => {
                 (OpKind::Mutation(Kind::Write), offset, self.log.landing_len(), fua, Data::Landed)
@@ -527,7 +538,8 @@ impl<T> Guard<T> {
             Op::Flush => {
                 self.pending += 1;
                 self.flush_waiters.push(Waiter { token, born: now, count: OpCount::Flush });
-                return self.start_flush(now, out);
+                self.start_flush(now, out);
+                return None;
             }
         };
         let too_long = match kind {
@@ -538,7 +550,8 @@ impl<T> Guard<T> {
         let outside = self.target.is_some_and(|t| end.is_none_or(|end| end > t.size));
         if too_long || outside || end.is_none() {
             let errno = if too_long || kind == OpKind::Read { libc::EINVAL } else { libc::ENOSPC };
-            return self.answer_error(token, || describe(kind, offset, len), errno, out);
+            self.answer_error(token, || describe(kind, offset, len), errno, out);
+            return None;
         }
         let able = self.target.is_none_or(|t| match kind {
             OpKind::Mutation(Kind::Trim) => t.flags.has_trim(),
@@ -546,10 +559,12 @@ impl<T> Guard<T> {
             _ => true,
         });
         if !able {
-            return self.answer_error(token, || describe(kind, offset, len), libc::ENOTSUP, out);
+            self.answer_error(token, || describe(kind, offset, len), libc::ENOTSUP, out);
+            return None;
         }
         if len == 0 {
-            return out.push(Action::Done { token, result: Ok(Vec::new()) });
+            out.push(Action::Done { token, result: Ok(Vec::new()) });
+            return None;
         }
         self.pending += 1;
         self.serial += 1;
@@ -577,6 +592,12 @@ impl<T> Guard<T> {
                 self.ops.len() - 1
             }
         };
+        Some((index, data))
+    }
+
+    /// Starts it, or has it wait. Gives the log entry of a mutation that was started.
+    fn begin(&mut self, now: Now, index: usize, data: Data<'_>, out: &mut Actions<T>) -> Option<u64> {
+        let &mut Pending { kind, offset, len, .. } = self.op(index);
         let first = self.phase == Phase::Up
             && (kind == OpKind::Read
                 || !(self.log_full || self.waiting.iter().any(|&w| self.collides(w, offset, offset + len))));
@@ -587,7 +608,9 @@ impl<T> Guard<T> {
             };
             self.waiting.push_back(index);
         }
+        let entry = self.op(index).seq;
         self.own_flush_if_needed(now, out);
+        entry
     }
 
     /// How long the payload of a successful reply to this request is; none when there is no such request.

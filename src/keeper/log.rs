@@ -746,6 +746,11 @@ impl ReplayLog {
         self.entries.push_back(entry);
     }
 
+    /// A number that no other log has.
+    pub fn id(&self) -> u64 {
+        self.header.id
+    }
+
     /// The longest payload that one entry takes, in bytes.
     pub fn max_payload(&self) -> u64 {
         MAX_PAYLOAD.min(self.header.capacity / 4)

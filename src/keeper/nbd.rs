@@ -23,6 +23,7 @@ use nix::sys::socket::{MsgFlags, recv, recvmsg, sendmsg};
 use super::guard::{Action, Guard, Now, Op};
 use super::path::{Completion, Joint, Shared, lock};
 use super::pipe::Pipe;
+use super::taken::Taken;
 use crate::zerofs::nbd::{Command, FLAG_FAST_ZERO, FLAG_FUA, MAX_PAYLOAD, RequestHeader, SimpleReply};
 
 /// What is received at once, and the size of an idle socket's buffer.
@@ -67,6 +68,8 @@ pub(super) struct Front {
     stream: UnixStream,
     epoll: Arc<Epoll>,
     read_only: bool,
+    /// Where its requests are noted for the next keeper.
+    taken: Option<Arc<Taken>>,
     tx: Mutex<Tx>,
     /// What its unanswered requests take, in bytes.
     held: AtomicU64,
@@ -88,12 +91,19 @@ struct Tx {
 
 impl Front {
     /// A socket that is not watched yet.
-    pub(super) fn new(id: u64, stream: UnixStream, epoll: Arc<Epoll>, read_only: bool) -> Arc<Front> {
+    pub(super) fn new(
+        id: u64,
+        stream: UnixStream,
+        epoll: Arc<Epoll>,
+        read_only: bool,
+        taken: Option<Arc<Taken>>,
+    ) -> Arc<Front> {
         Arc::new(Front {
             id,
             stream,
             epoll,
             read_only,
+            taken,
             tx: Mutex::default(),
             held: AtomicU64::new(0),
             closed: AtomicBool::new(false),
@@ -133,7 +143,8 @@ impl Front {
     }
 
     /// Answers a request that took `cost`.
-    fn reply(self: &Arc<Self>, cookie: u64, result: Result<&[u8], i32>, cost: u64) {
+    pub(super) fn reply(self: &Arc<Self>, cookie: u64, result: Result<&[u8], i32>, cost: u64) {
+        self.note(|taken| taken.answered(cookie));
         let (error, data) = match result {
             Ok(data) => (0, data),
             Err(errno) => (wire_errno(errno), &[][..]),
@@ -157,6 +168,7 @@ impl Front {
 
     /// Answers a read that took `cost` with `head` and what is in the pipe.
     fn reply_from(&self, cookie: u64, head: &[u8], pipe: &mut Pipe, cost: u64) -> io::Result<()> {
+        self.note(|taken| taken.answered(cookie));
         let header = SimpleReply { error: 0, cookie }.encode();
         let mut tx = lock(&self.tx);
         self.held.fetch_sub(cost, Ordering::Relaxed);
@@ -268,6 +280,12 @@ impl Front {
         }
     }
 
+    fn note(&self, what: impl FnOnce(&Taken)) {
+        if let Some(taken) = &self.taken {
+            what(taken);
+        }
+    }
+
     /// Takes a request in; a socket with too much of that is not read any further.
     fn take(&self, cost: u64) {
         self.held.fetch_add(cost, Ordering::Relaxed);
@@ -330,6 +348,13 @@ impl Writing {
         match &self.joint {
             Some(joint) => joint.piece(0),
             None => answer(front, self.cookie, self.cost),
+        }
+    }
+
+    /// The entry of the piece; one of several says nothing about the whole.
+    fn logged(&self, front: &Front, entry: Option<u64>) {
+        if let (None, Some(entry)) = (&self.joint, entry) {
+            front.note(|taken| taken.logged(self.cookie, entry));
         }
     }
 }
@@ -466,7 +491,8 @@ impl FrontReader {
                         return Ok(());
                     }
                     let op = Op::Landed { offset: write.offset, fua: write.fua };
-                    guard.submit(now, op, write.done(&self.front), out);
+                    let entry = guard.submit(now, op, write.done(&self.front), out);
+                    write.logged(&self.front, entry);
                     write.landing = None;
                     write.offset = write.offset.saturating_add(piece);
                     write.left -= piece;
@@ -492,7 +518,8 @@ impl FrontReader {
                     }
                     let data = &self.bytes[self.at..self.at + piece as usize];
                     let op = Op::Write { offset: write.offset, data, fua: write.fua };
-                    guard.submit(now, op, write.done(&self.front), out);
+                    let entry = guard.submit(now, op, write.done(&self.front), out);
+                    write.logged(&self.front, entry);
                     self.at += piece as usize;
                     write.offset = write.offset.saturating_add(piece);
                     write.left -= piece;
@@ -520,6 +547,9 @@ impl FrontReader {
                 if matches!(command, Some(Command::Read | Command::Write)) { u64::from(len) } else { 0 };
             let cost = OVERHEAD + data_len.min(MAX_PAYLOAD.into());
             self.front.take(cost);
+            if let Some(command) = command {
+                self.front.note(|taken| taken.take(cookie, command, offset, len));
+            }
             let refused = match command {
                 Some(Command::Write) if len > MAX_PAYLOAD => {
                     return Err(format!("a write of {len} bytes"));

@@ -32,6 +32,7 @@ pub use super::guard::{Op, Stats};
 use super::log::{self, Identity, LogMap, Opened, Payload, ReplayLog};
 use super::nbd::{self, Front, FrontReader, Heard, gather_here, send_gathered};
 use super::pipe::Pipe;
+use super::taken::{Owed, Taken, Task};
 use crate::error::{Doing, Error, Kind, Result};
 use crate::values::{ByteSize, VolumeId};
 use crate::zerofs::nbd::{Command, Export, RequestHeader, SimpleReply, TransmissionFlags, handshake};
@@ -53,6 +54,8 @@ const QUIET: Duration = Duration::from_secs(1);
 const PIPED: usize = 64 << 10;
 /// What is received at once while such data may come.
 const AHEAD: usize = 4 << 10;
+/// Data that is read at once for an earlier keeper's requests, in bytes.
+const OWED_DATA: u64 = 16 << 20;
 /// The event number of the wake-up call.
 const WAKE: u64 = u64::MAX;
 /// The first event number of the kernel's sockets; below are the connections to the server.
@@ -149,6 +152,12 @@ pub struct Replayed {
     pub size: u64,
 }
 
+/// A reply to a request that an earlier keeper took from the kernel.
+pub struct OwedReply {
+    cookie: u64,
+    data: Vec<u8>,
+}
+
 /// Takes the answer to an operation.
 pub struct Completion(Taker);
 
@@ -216,6 +225,10 @@ pub(super) struct Shared {
     /// The kernel's sockets.
     fronts: RwLock<Vec<Arc<Front>>>,
     next_front: AtomicU64,
+    /// Their requests, for the next keeper; none as long as there is no file for that.
+    taken: Mutex<Option<Arc<Taken>>>,
+    /// What the earlier keeper took from the kernel and did not answer.
+    owed: Mutex<Vec<Owed>>,
     epoll: Arc<Epoll>,
     wake: EventFd,
     stop: AtomicBool,
@@ -277,8 +290,13 @@ impl DataPath {
     ) -> Result<Arc<DataPath>> {
         let opened = ReplayLog::open(&config.run_dir, &identity(&config)?, config.log_bytes)
             .map_err(|e| e.on(&config.volume))?;
+        let (mut taken, mut owed) = (None, Vec::new());
         let (guard, foreign) = match opened {
-            Opened::Log(log) => (Some(Guard::new(settings(&config), log)), None),
+            Opened::Log(log) => {
+                taken = Taken::open(&config.run_dir, log.id());
+                owed = taken.as_ref().map(|taken| taken.owed(&log)).unwrap_or_default();
+                (Some(Guard::new(settings(&config), log)), None)
+            }
             Opened::Foreign { why } => (None, Some(why)),
         };
         let failed = |what: &str, e: nix::Error| Error::failed(format!("cannot {what}: {e}"));
@@ -298,6 +316,8 @@ impl DataPath {
             size: AtomicU64::new(0),
             fronts: RwLock::default(),
             next_front: AtomicU64::new(FRONTS),
+            taken: Mutex::new(taken.map(Arc::new)),
+            owed: Mutex::new(owed),
             epoll: Arc::new(epoll),
             wake,
             stop: AtomicBool::new(false),
@@ -375,6 +395,7 @@ impl DataPath {
                 .hint("detach the volume first: zerofsctl detach VOLUME")
                 .on(&config.volume));
         }
+        self.forget_requests();
         let log = ReplayLog::discard(&config.run_dir, &identity(config)?, config.log_bytes)
             .map_err(|e| e.on(&config.volume))?;
         state.foreign = None;
@@ -604,10 +625,76 @@ impl DataPath {
         self.shared.state().guard.as_ref()?.target().map(|t| t.flags)
     }
 
-    /// Serves these sockets, whose other ends the kernel's nbd driver has or will be given (or a test that plays the
-    /// kernel): stream sockets in the transmission phase. Earlier ones go on.
-    pub fn serve_nbd(&self, sockets: Vec<UnixStream>, read_only: bool) -> Result<()> {
+    /// Forgets the requests of an earlier keeper, which are about another device, or cannot be answered.
+    pub fn forget_requests(&self) {
+        lock(&self.shared.owed).clear();
+        if let Some(taken) = &*lock(&self.shared.taken) {
+            taken.clear();
+        }
+    }
+
+    /// The replies that an earlier keeper owes to the kernel, as far as they can be given within that time; the kernel
+    /// sends the other requests again. The data path must be up, so that the log is replayed.
+    pub fn owed_replies(&self, limit: Duration) -> Vec<OwedReply> {
+        let until = Instant::now() + limit;
+        let owed = std::mem::take(&mut *lock(&self.shared.owed));
+        let (tell, told) = mpsc::channel();
+        let (mut replies, mut asked, mut bytes) = (Vec::new(), 0, 0);
+        for Owed { cookie, what } in &owed {
+            let (cookie, tell) = (*cookie, tell.clone());
+            let op = match *what {
+                Task::Replay => {
+                    replies.push(OwedReply { cookie, data: Vec::new() });
+                    continue;
+                }
+                Task::Read { offset, len } => {
+                    bytes += u64::from(len);
+                    if bytes > OWED_DATA {
+                        continue;
+                    }
+                    Op::Read { offset, len }
+                }
+                Task::Flush => Op::Flush,
+            };
+            asked += 1;
+            let done = move |result: Result<&[u8], i32>| {
+                let _ = tell.send((cookie, result.map(<[u8]>::to_vec)));
+            };
+            self.submit(op, Completion::new(done));
+        }
+        for _ in 0..asked {
+            match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok((cookie, Ok(data))) => replies.push(OwedReply { cookie, data }),
+                // An error may be about us alone: the request comes again.
+                Ok((_, Err(_))) => {}
+                Err(_) => break,
+            }
+        }
+        if let Some(taken) = &*lock(&self.shared.taken) {
+            owed.iter().for_each(|owed| taken.answered(owed.cookie));
+        }
+        replies
+    }
+
+    /// The file that notes the kernel's requests. It is not worth failing for.
+    fn taken(&self) -> Option<Arc<Taken>> {
         let shared = &self.shared;
+        let log = shared.state().guard.as_ref()?.log().id();
+        let mut taken = lock(&shared.taken);
+        if taken.is_none() {
+            match Taken::create(&shared.config.run_dir, log) {
+                Ok(made) => *taken = Some(Arc::new(made)),
+                Err(e) => tracing::warn!("the next keeper would have to wait for the kernel: {e}"),
+            }
+        }
+        taken.clone()
+    }
+
+    /// Serves these sockets, whose other ends the kernel's nbd driver has or will be given (or a test that plays the
+    /// kernel): stream sockets in the transmission phase. Earlier ones go on. The first one begins with these replies.
+    pub fn serve_nbd(&self, sockets: Vec<UnixStream>, read_only: bool, replies: &[OwedReply]) -> Result<()> {
+        let shared = &self.shared;
+        let taken = self.taken();
         let mut made = Vec::new();
         for socket in sockets {
             // Room for a large reply; the default is 208 KiB. Best effort.
@@ -615,7 +702,7 @@ impl DataPath {
             // For what is poured from a pipe; everything else says so by itself.
             socket.set_nonblocking(true).doing("set up", "a socket of the kernel")?;
             let id = shared.next_front.fetch_add(1, Ordering::Relaxed);
-            made.push(Front::new(id, socket, Arc::clone(&shared.epoll), read_only));
+            made.push(Front::new(id, socket, Arc::clone(&shared.epoll), read_only, taken.clone()));
         }
         // All are known before the first event, so that the first that ends is not taken for the last.
         shared.fronts.write().unwrap_or_else(PoisonError::into_inner).extend(made.iter().cloned());
@@ -624,6 +711,9 @@ impl DataPath {
                 self.close_nbd();
                 return Err(Error::failed(format!("cannot watch a socket of the kernel: {e}")));
             }
+        }
+        if let Some(first) = made.first() {
+            replies.iter().for_each(|reply| first.reply(reply.cookie, Ok(&reply.data), 0));
         }
         Ok(())
     }
@@ -804,7 +894,8 @@ impl Shared {
             Op::Trim { len, .. } | Op::Zero { len, .. } => (len, MAX_RANGE),
         };
         if len <= limit {
-            return guard.submit(now, op, done, out);
+            guard.submit(now, op, done, out);
+            return;
         }
         let reads = matches!(op, Op::Read { .. });
         let joint = Joint::new(len.div_ceil(limit) as usize, if reads { len as usize } else { 0 }, done);

@@ -34,7 +34,7 @@ pub(super) fn settle_all(engine: &Engine<'_>, journal: &mut Journal, volume: &Vo
     let name = journal.open_run().map(|r| r.plan.operation.name());
     match (engine.settle(journal, None)?, name) {
         (Settlement::Finish, Some(name)) => what.push(format!("finished a {name} that was cut short")),
-        (Settlement::Unwind, Some(name)) => what.push(format!("undid a {name} that was cut short")),
+        (Settlement::Unwind, Some(name)) => what.push(format!("undid an earlier {name} that was cut short")),
         _ => {}
     }
     if clear_wreck(engine, journal, volume)? || clear_harmed(engine, journal, volume)? {
