@@ -146,7 +146,28 @@ impl Lab {
         faults.extend(
             self.kernel.lines().into_iter().filter(|l| l.contains("I/O error") || l.contains("-fs error")),
         );
+        // What the driver says of a reply that it does not want, which costs the socket. That it sends a request again in the
+        // instant of the hand-over cannot be helped.
+        let unwanted =
+            ["Double reply", "Unexpected reply", "Suspicious reply", "already handled", "Raced with"];
+        let unwanted: Vec<_> = self
+            .kernel
+            .lines()
+            .into_iter()
+            .filter(|l| unwanted.iter().any(|word| l.contains(word)))
+            .collect();
+        if unwanted.len() > self.owed_replies().len() {
+            faults.extend(unwanted);
+        }
         faults
+    }
+
+    /// For each hand-over of the device to the next keeper: how many requests that one has answered for a killed one.
+    fn owed_replies(&self) -> Vec<u64> {
+        let log = fs::read_to_string(self.node.state().join("logs/vol1/keeper.log")).unwrap_or_default();
+        log.lines()
+            .filter_map(|l| l.split_once("the replies to ")?.1.split(' ').next()?.parse().ok())
+            .collect()
     }
 
     /// For a test that fails.
@@ -251,6 +272,8 @@ struct Tally {
     under_way: Vec<Duration>,
     /// The same without the restart's own time.
     sent_again: Vec<Duration>,
+    /// Requests that a keeper answered for the one before.
+    owed: u64,
 }
 
 /// fio's job for a file. Small, and with few flushes: ZeroFS keeps what its compactions leave for minutes, and the store is
@@ -321,9 +344,14 @@ fn kills_are_stalls(victim: Victim) {
         let lab = Lab::new(&["--size", "256Mi"]);
         round(&lab, victim, left, &mut rng, &mut tally);
         assert_eq!(device(&lab.node), lab.index, "the same device");
+        tally.owed += lab.owed_replies().iter().sum::<u64>();
         lab.end(&["direct", "buffered"]);
     }
     assert!(!tally.first.is_empty(), "kills without a stall were no kills");
+    if !matches!(victim, Victim::Zerofs) {
+        assert!(tally.owed > 0, "no keeper has answered what the one before had taken");
+        println!("{victim:?}: {} requests answered for a killed keeper", tally.owed);
+    }
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!(
         "{victim:?}: {count} of {count} kills without an error or a lost write; load average {}",

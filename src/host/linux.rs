@@ -31,7 +31,7 @@ use crate::keeper::device::{RECORD, Record};
 use crate::keeper::log::{self, ReplayLog};
 use crate::keeper::path::LogState;
 use crate::keeper::process::{Identity, Process, boot_id};
-use crate::keeper::{self, KeeperConfig, OWN_EXE};
+use crate::keeper::{self, KeeperConfig, OWN_EXE, taken};
 use crate::password::{PasswordCheck, Secret};
 use crate::settings::{self, S3Settings, Settings, Sources};
 use crate::values::{ByteSize, FsType, Slice, TargetPath, VolumeId};
@@ -721,8 +721,14 @@ impl LinuxHost {
     /// What a keeper makes in the run folder, by name; not the log, which may hold what nobody else has.
     fn keeper_names() -> Vec<String> {
         const WRITTEN: [&str; 4] = [RECORD, keeper::CONFIG, keeper::PID_FILE, "zerofs.pid"];
-        const OTHERS: [&str; 5] =
-            ["keeper.lock", control::SOCKET, config::NINEP_SOCKET, config::NBD_SOCKET, config::RPC_SOCKET];
+        const OTHERS: [&str; 6] = [
+            "keeper.lock",
+            control::SOCKET,
+            taken::FILE_NAME,
+            config::NINEP_SOCKET,
+            config::NBD_SOCKET,
+            config::RPC_SOCKET,
+        ];
         // A writer that was killed has left what it had not put in its place.
         let beside = WRITTEN.iter().map(|name| keeper::process::beside(Path::new(name)));
         WRITTEN.iter().chain(&OTHERS).map(|name| (*name).to_owned()).chain(beside).collect()

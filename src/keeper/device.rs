@@ -476,12 +476,13 @@ impl Shared {
         }
         // On one connection, a reply is on the right one. A kernel without identifiers may be too old to tell a reply to
         // an earlier request of the same number.
-        let replies = if fenced || device.backend.is_none() || record.sockets != 1 {
+        let mut replies = if fenced || device.backend.is_none() || record.sockets != 1 {
             self.data.forget_requests();
             Vec::new()
         } else {
             self.data.owed_replies(OWED_LIMIT)
         };
+        let owed = replies.len();
         let begun = Instant::now();
         loop {
             let missing = record.sockets.saturating_sub(self.data.nbd_sockets());
@@ -497,6 +498,8 @@ impl Shared {
                     ),
                 ));
             }
+            // Once only: the kernel ends a socket with a reply to what it has just sent again, or has had.
+            let replies = std::mem::take(&mut replies);
             let sockets = sockets_of(&self.data, missing, record.read_only, &replies)?;
             let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
             netlink::reconfigure(
@@ -517,8 +520,7 @@ impl Shared {
         record.reconnects += 1;
         self.remember(&record)?;
         info!(
-            "/dev/nbd{index} has new sockets, and the replies to {} requests that the earlier keeper had taken",
-            replies.len()
+            "/dev/nbd{index} has new sockets, and the replies to {owed} requests that the earlier keeper had taken"
         );
         Ok(())
     }

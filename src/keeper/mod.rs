@@ -21,7 +21,7 @@ pub mod process;
 mod ready;
 mod service;
 mod supervisor;
-mod taken;
+pub(crate) mod taken;
 mod watchdog;
 
 use std::fs::File;

@@ -1029,6 +1029,7 @@ impl Supervisor {
             super::CONFIG,
             super::control::SOCKET,
             super::device::RECORD,
+            super::taken::FILE_NAME,
         ]);
         for path in gone.map(|name| self.path(name)) {
             match std::fs::remove_file(&path) {

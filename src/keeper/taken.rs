@@ -26,7 +26,7 @@ use crate::error::{Doing, Result};
 use crate::zerofs::nbd::Command;
 
 /// The name of the file in the run folder.
-const FILE_NAME: &str = "taken";
+pub(crate) const FILE_NAME: &str = "taken";
 const MAGIC: u64 = u64::from_le_bytes(*b"zfsctlT1");
 /// More than the requests that the kernel has in flight on one socket.
 const SLOTS: u32 = 512;
