@@ -84,12 +84,15 @@ bench: ## attach, memory and throughput beside their floors, in one run (ARGS="a
 	@scripts/setup test
 	$(CARGO) bench --locked --bench side_by_side -- $(ARGS)
 
-# The bench runs where the module is, on a release build made here.
+# The bench runs where the module is, on a release build made here. MACHINE=debian CPUS=2: the stock kernel with two
+# processors, in emulation.
+MACHINE ?= uml
+CPUS ?= 1
 bench-nbd: ## The NBD transport beside nbd-client, in a machine that has it (ARGS="--rounds 3"): needs root
 	@scripts/setup test vm
 	@$(CARGO) bench --locked --bench side_by_side --no-run
 	@echo "Load average of this machine: $$(cut -d' ' -f1-3 /proc/loadavg) before,"
-	@ZEROFSCTL_VM_CPU=$$(($$(nproc) - 1)) scripts/vm uml --name bench-nbd --memory 10G --timeout 10800 -- \
+	@ZEROFSCTL_VM_CPU=$$(($$(nproc) - 1)) ZEROFSCTL_VM_CPUS=$(CPUS) scripts/vm $(MACHINE) --name bench-nbd --memory 10G --timeout 10800 -- \
 	"$$($(CARGO) bench --locked --quiet --bench side_by_side --no-run --message-format json | \
 	sed -n 's/.*"name":"side_by_side".*"executable":"\([^"]*\)".*/\1/p')" nbd $(ARGS)
 	@echo "$$(cut -d' ' -f1-3 /proc/loadavg) after."

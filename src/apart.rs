@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, fork};
+use nix::unistd::{ForkResult, Pid, fork};
 
 use crate::error::{Error, Kind, Result};
 
@@ -18,6 +18,28 @@ use crate::error::{Error, Kind, Result};
 /// `work` gives an errno on failure. It runs after a fork of a process with threads: it must not log, nor lock anything
 /// that another thread may hold (memory allocation is fine).
 pub(crate) fn run(what: &str, limit: Duration, work: impl FnOnce() -> Result<(), i32>) -> Result<()> {
+    match start(what, work)?.wait(limit, &mut |_| {})? {
+        Some(Ok(())) => Ok(()),
+        Some(Err(errno)) => {
+            Err(Error::failed(format!("cannot {what}: {}", std::io::Error::from_raw_os_error(errno))))
+        }
+        None => Err(Error::new(
+            Kind::Unreachable,
+            format!("not done within {:.0} s: {what}", limit.as_secs_f64()),
+        )
+        .hint("see whether ZeroFS is well: zerofsctl show VOLUME")),
+    }
+}
+
+/// Work under way in a child. One that is let go of is collected when it ends.
+pub(crate) struct Apart {
+    child: Pid,
+    what: String,
+    over: bool,
+}
+
+/// Starts what [`run`] runs.
+pub(crate) fn start(what: &str, work: impl FnOnce() -> Result<(), i32>) -> Result<Apart> {
     // SAFETY: the child allocates at most, which the C library keeps usable across a fork, opens descriptors of its own,
     // and ends by _exit, so that nothing of the parent's is torn down.
     let child = match unsafe { fork() } {
@@ -41,32 +63,51 @@ pub(crate) fn run(what: &str, limit: Duration, work: impl FnOnce() -> Result<(),
         }
         Err(e) => return Err(Error::environment(format!("cannot start a process to {what}: {e}"))),
     };
-    let begun = Instant::now();
-    loop {
-        match waitpid(child, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-            Ok(WaitStatus::Exited(_, errno)) => {
-                return Err(Error::failed(format!(
-                    "cannot {what}: {}",
-                    std::io::Error::from_raw_os_error(errno)
-                )));
+    Ok(Apart { child, what: what.to_owned(), over: false })
+}
+
+impl Apart {
+    /// What came of it, success or an errno; none after that time without an end. `waits` is told now and then how long
+    /// it has been.
+    pub(crate) fn wait(
+        &mut self,
+        limit: Duration,
+        waits: &mut dyn FnMut(Duration),
+    ) -> Result<Option<Result<(), i32>>> {
+        let begun = Instant::now();
+        loop {
+            match waitpid(self.child, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => {}
+                ended => {
+                    self.over = true;
+                    return match ended {
+                        Ok(WaitStatus::Exited(_, 0)) => Ok(Some(Ok(()))),
+                        Ok(WaitStatus::Exited(_, errno)) => Ok(Some(Err(errno))),
+                        other => {
+                            Err(Error::failed(format!("the process to {} ended with {other:?}", self.what)))
+                        }
+                    };
+                }
             }
-            Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) if begun.elapsed() < limit => {
-                std::thread::sleep(Duration::from_millis(1));
+            let elapsed = begun.elapsed();
+            if elapsed >= limit {
+                return Ok(None);
             }
-            Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => {
-                // Collected when it ends.
-                let reaper = std::thread::Builder::new().name("apart".into()).stack_size(64 * 1024);
-                let _ = reaper.spawn(move || {
-                    let _ = waitpid(child, None);
-                });
-                return Err(Error::new(
-                    Kind::Unreachable,
-                    format!("not done within {:.0} s: {what}", limit.as_secs_f64()),
-                )
-                .hint("see whether ZeroFS is well: zerofsctl show VOLUME"));
+            std::thread::sleep(Duration::from_millis(1));
+            if elapsed > Duration::from_millis(200) {
+                waits(elapsed);
+                std::thread::sleep(Duration::from_millis(20));
             }
-            other => return Err(Error::failed(format!("the process to {what} ended with {other:?}"))),
+        }
+    }
+}
+
+impl Drop for Apart {
+    fn drop(&mut self) {
+        if !self.over {
+            let child = self.child;
+            let reaper = std::thread::Builder::new().name("apart".into()).stack_size(64 * 1024);
+            let _ = reaper.spawn(move || waitpid(child, None));
         }
     }
 }

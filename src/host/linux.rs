@@ -16,6 +16,7 @@ use super::{
     MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, companion,
     device, loopdev, mounts, nbd, old_logs, programs, signature, users, utab,
 };
+use crate::apart;
 use crate::atomic_file::{FolderLock, replace};
 use crate::background::Background;
 use crate::catalog::{
@@ -50,6 +51,8 @@ const QUICK: Duration = Duration::from_secs(120);
 
 /// How long ZeroFS may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(120);
+/// How long an unmount may go on after its device has been failed.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a killed keeper may take to be gone.
 const DYING: Duration = Duration::from_secs(20);
@@ -600,13 +603,42 @@ impl LinuxHost {
         self
     }
 
-    /// Lets the device under `target` fail at once, by disconnecting it, or for FUSE by killing its keeper: the only way to
-    /// free an unmount from a storage that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
-    fn fail_device(&self, target: &Path) -> Result<()> {
-        let Some(source) = mounts::at(&mounts::table("self")?, target).map(|m| m.source) else {
-            return Ok(());
+    /// Unmounts, from a device that is not dead in a process of its own: what the filesystem writes at the very end waits
+    /// for a storage that takes nothing, out of reach of every signal.
+    fn unmount_now(&self, target: &Path, source: Option<&str>, dead: bool) -> Result<()> {
+        let unmount = || nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| errno as i32);
+        if dead {
+            return unmounted(unmount(), target, dead);
+        }
+        let mut apart = apart::start(&format!("unmount {}", target.display()), unmount)?;
+        let mut waits = |elapsed: Duration| {
+            (self.progress)("unmount it", elapsed.as_secs(), Some(self.patience.as_secs()));
         };
-        if let Some(index) = nbd::sysfs::index_of(Path::new(&source)) {
+        if let Some(result) = apart.wait(self.patience, &mut waits)? {
+            return unmounted(result, target, dead);
+        }
+        if self.force {
+            self.fail_device(source)?;
+            if let Some(result) = apart.wait(UNMOUNT_LIMIT, &mut |_| {})? {
+                return unmounted(result, target, true);
+            }
+        }
+        Err(Error::new(
+            Kind::Interrupted,
+            format!(
+                "{} is not unmounted within {} s: its storage does not take the last writes",
+                target.display(),
+                self.patience.as_secs()
+            ),
+        )
+        .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"))
+    }
+
+    /// Lets the device of a filesystem fail at once, by disconnecting it, or for FUSE by killing its keeper: the only way to
+    /// free an unmount from a storage that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
+    fn fail_device(&self, source: Option<&str>) -> Result<()> {
+        let Some(source) = source else { return Ok(()) };
+        if let Some(index) = nbd::sysfs::index_of(Path::new(source)) {
             let Some(device) = nbd::sysfs::one(index)? else { return Ok(()) };
             tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
             *self.failed.borrow_mut() = true;
@@ -616,8 +648,8 @@ impl LinuxHost {
                 _ => Ok(()),
             };
         }
-        let name = Path::new(&source).file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let file = loopdev::backing(&name).doing("find the file behind", &source)?;
+        let name = Path::new(source).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = loopdev::backing(&name).doing("find the file behind", source)?;
         let Some(folder) = file.strip_suffix("/fuse/disk") else { return Ok(()) };
         let Some(keeper) = Identity::read(&Path::new(folder).join(keeper::PID_FILE)) else { return Ok(()) };
         tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
@@ -756,8 +788,9 @@ fn remove(result: std::io::Result<()>, path: &Path) -> Result<()> {
     }
 }
 
-fn unmount_now(target: &Path, dead: bool) -> Result<()> {
-    match nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+/// An unmount that has come to an end.
+fn unmounted(result: Result<(), i32>, target: &Path, dead: bool) -> Result<()> {
+    match result.map_err(nix::errno::Errno::from_raw) {
         Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(()),
         Err(nix::errno::Errno::EBUSY) if dead => {
             nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
@@ -1424,11 +1457,13 @@ impl Host for LinuxHost {
 
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
         let mut dead = dead;
+        // While it is being unmounted, the table does not have it any more.
+        let source = mounts::at(&mounts::table("self")?, target).map(|m| m.source);
         if !dead && let Err(e) = self.write_out(target) {
             if !self.force {
                 return Err(e);
             }
-            self.fail_device(target)?;
+            self.fail_device(source.as_deref())?;
             dead = true;
         }
         // Before the unmount: a kill in between then leaves nothing that nobody would look for.
@@ -1436,8 +1471,8 @@ impl Host for LinuxHost {
         if noted {
             utab::forget(target);
         }
-        let result = unmount_now(target, dead);
-        if noted && result.is_err() {
+        let result = self.unmount_now(target, source.as_deref(), dead);
+        if noted && result.is_err() && mounts::at(&mounts::table("self")?, target).is_some() {
             utab::note(target);
         }
         result

@@ -32,7 +32,8 @@ pub fn of_device(device: &Path) -> Result<Vec<User>> {
     if users.is_empty() && in_use() {
         users.push(User {
             pid: 0,
-            name: "the kernel: another mount namespace, or a device built on it".into(),
+            name: "the kernel: another mount namespace, a device built on it, or an unmount that is not over"
+                .into(),
         });
     }
     Ok(users)
