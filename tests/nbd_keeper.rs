@@ -349,6 +349,7 @@ fn the_next_keeper_answers_what_the_one_before_had_taken() {
     let kernel = &mut bench.sockets(1, false)[0];
     // What the kernel counts is in the upper half.
     kernel.cookie = 1 << 32;
+    bench.path.name_connection(7);
     kernel.ask(Command::Write, 0, BLOCK, &[1; BLOCK]).unwrap();
     kernel.ask(Command::Write, MIB, 9 * BLOCK, &[2; 9 * BLOCK]).unwrap();
     server.stop(true);
@@ -363,7 +364,7 @@ fn the_next_keeper_answers_what_the_one_before_had_taken() {
 
     let bench = bench.killed(server);
     let server = bench.server();
-    let replies = bench.path.owed_replies(Duration::from_secs(30));
+    let replies = bench.path.owed_replies(7, Duration::from_secs(30));
     let (ours, theirs) = UnixStream::pair().unwrap();
     bench.path.serve_nbd(vec![ours], false, &replies).unwrap();
     let mut next = Kernel::new(theirs);
@@ -386,7 +387,34 @@ fn the_next_keeper_answers_what_the_one_before_had_taken() {
     // All that was owed has been said: a third keeper has nothing to add, nor has one of another device.
     let third = bench.killed(server);
     let server = third.server();
-    assert!(third.path.owed_replies(Duration::from_secs(30)).is_empty());
+    assert!(third.path.owed_replies(7, Duration::from_secs(30)).is_empty());
+    server.kill();
+}
+
+/// What was taken on another connection, or with a log that has been discarded, is nobody's to answer.
+#[test]
+fn what_was_taken_under_other_circumstances_is_not_answered() {
+    let mut bench = Bench::new();
+    let mut server = bench.server();
+    for discards in [false, true, false] {
+        bench.path.name_connection(7);
+        let kernel = &mut bench.sockets(1, false)[0];
+        kernel.cookie = 1 << 32;
+        bench.path.name_connection(7);
+        server.stop(true);
+        kernel.send(Command::Write, 0, 0, BLOCK, &[1; BLOCK]);
+        kernel.send(Command::Read, 0, MIB, BLOCK, &[]);
+        kernel.send(Command::Flush, 0, 0, 0, &[]);
+        bench.wait_for_pending(3);
+        bench = bench.killed(server);
+        if discards {
+            bench.path.discard_log().unwrap();
+        }
+        server = bench.server();
+        let replies = bench.path.owed_replies(if discards { 7 } else { 8 }, Duration::from_secs(30));
+        assert!(replies.is_empty(), "discarded: {discards}");
+        assert!(bench.path.owed_replies(7, Duration::from_secs(30)).is_empty());
+    }
     server.kill();
 }
 
@@ -397,13 +425,14 @@ fn a_late_answer_to_what_an_earlier_keeper_had_taken_is_not_given() {
     let server = bench.server();
     let kernel = &mut bench.sockets(1, false)[0];
     kernel.cookie = 1 << 32;
+    bench.path.name_connection(7);
     server.stop(true);
     kernel.send(Command::Read, 0, MIB, BLOCK, &[]);
     bench.wait_for_pending(1);
     let bench = bench.killed(server);
     let server = bench.server();
     server.stop(true);
-    let replies = bench.path.owed_replies(Duration::from_millis(50));
+    let replies = bench.path.owed_replies(7, Duration::from_millis(50));
     assert!(replies.is_empty());
     let mut next = bench.sockets(1, false).remove(0);
     next.cookie = 2 << 32;
@@ -421,7 +450,7 @@ fn a_late_answer_to_what_an_earlier_keeper_had_taken_is_not_given() {
     let bench = bench.killed(server);
     bench.path.forget_requests();
     let server = bench.server();
-    assert!(bench.path.owed_replies(Duration::from_secs(30)).is_empty());
+    assert!(bench.path.owed_replies(7, Duration::from_secs(30)).is_empty());
     server.kill();
 }
 
@@ -462,6 +491,12 @@ fn deaf(bench: Bench) {
     assert!(other.ask(Command::Read, 0, 4096, &[]).unwrap() == [3; 4096]);
     let asked = bench.path.stats().reads;
     assert!(asked < 200, "{asked} reads of 1 MiB were done for a peer that takes none");
+    // Once it takes them, it gets the others too: more than were held for it.
+    let deaf = &mut kernels[0];
+    let mut reply = vec![0; SimpleReply::LEN + MIB];
+    for n in 0..sent.min(300) {
+        deaf.stream.read_exact(&mut reply).unwrap_or_else(|e| panic!("reply {n}: {e}"));
+    }
     server.kill();
 }
 

@@ -156,7 +156,8 @@ impl Lab {
             .into_iter()
             .filter(|l| unwanted.iter().any(|word| l.contains(word)))
             .collect();
-        if unwanted.len() > self.owed_replies().len() {
+        let answered = self.owed_replies().into_iter().filter(|owed| *owed > 0).count();
+        if unwanted.len() > answered / 2 + 2 {
             faults.extend(unwanted);
         }
         faults

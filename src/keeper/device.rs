@@ -45,7 +45,7 @@ const BLOCK_SIZE: u64 = 512;
 /// several it would give up the socket of a slow request, and send that request again while the first is still held.
 pub const GUARDED_SOCKETS: usize = 1;
 /// How often the kernel looks after requests without an answer on a guarded device: those that a dead keeper had taken
-/// are sent to the next one no sooner than that.
+/// are sent to the next one no sooner than that, unless that one can answer them at once.
 const LOOK_AFTER: Duration = Duration::from_millis(500);
 /// The same on the direct path, where a request that is sent again may overtake itself in ZeroFS: practically never.
 const LOOK_AFTER_DIRECT: Duration = Duration::from_secs(24 * 3600);
@@ -107,6 +107,11 @@ impl Record {
                 .hint("use the zerofsctl that attached the volume"));
         }
         Ok((record.boot == boot_id()).then_some(record))
+    }
+
+    /// A number that no other connection of the device has, nor of the volume in this boot.
+    fn connection(&self) -> u64 {
+        u64::from(self.pid.unwrap_or(0).cast_unsigned()) << 32 | self.reconnects & u64::from(u32::MAX)
     }
 
     fn limit(&self) -> Duration {
@@ -321,6 +326,7 @@ impl Shared {
         }
         record.pid = shown;
         self.remember(&record)?;
+        self.data.name_connection(record.connection());
         if record.path == NbdPath::Direct {
             *lock(&self.device.direct) = kernel_ends;
         }
@@ -474,13 +480,14 @@ impl Shared {
                 self.data.size()
             )));
         }
-        // On one connection, a reply is on the right one. A kernel without identifiers may be too old to tell a reply to
-        // an earlier request of the same number.
-        let mut replies = if fenced || device.backend.is_none() || record.sockets != 1 {
+        // A scheduler gives the place of a request that is to be sent again to another one, with a count of its own. With
+        // one socket, a reply comes on the right one.
+        let unscheduled = sysfs::queue(index).is_ok_and(|queue| queue.scheduler.as_deref() == Some("none"));
+        let mut replies = if fenced || record.sockets != 1 || !unscheduled || !knows_its_requests() {
             self.data.forget_requests();
             Vec::new()
         } else {
-            self.data.owed_replies(OWED_LIMIT)
+            self.data.owed_replies(record.connection(), OWED_LIMIT)
         };
         let owed = replies.len();
         let begun = Instant::now();
@@ -519,8 +526,9 @@ impl Shared {
         (record.index, record.pid) = (Some(index), device.pid);
         record.reconnects += 1;
         self.remember(&record)?;
+        self.data.name_connection(record.connection());
         info!(
-            "/dev/nbd{index} has new sockets, and the replies to {owed} requests that the earlier keeper had taken"
+            "/dev/nbd{index} has new sockets, and the replies to {owed} requests that an earlier keeper had taken"
         );
         Ok(())
     }
@@ -770,6 +778,17 @@ fn pid_for_the_kernel() -> Option<i32> {
     first.then(|| nix::unistd::gettid().as_raw())
 }
 
+/// Whether the kernel tells a late reply from one that it waits for, also while it sends the request again.
+fn knows_its_requests() -> bool {
+    let Ok(uts) = nix::sys::utsname::uname() else { return false };
+    is_since_5_16(&uts.release().to_string_lossy())
+}
+
+fn is_since_5_16(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    matches!((numbers.next(), numbers.next()), (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (5, 16))
+}
+
 /// Pairs of sockets, of which the data path serves one end each, and says these replies on the first; gives the other
 /// ends, for the kernel.
 pub fn sockets_of(
@@ -840,6 +859,29 @@ pub fn server_flags(server: TransmissionFlags, path: NbdPath, read_only: bool) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernels_that_know_their_requests_are_told_by_their_release() {
+        for release in ["5.16.0", "6.1.0-18-amd64", "6.12.117+deb12-amd64", "10.0", "7.2.7"] {
+            assert!(is_since_5_16(release), "{release}");
+        }
+        for release in ["5.15.167.4-generic", "4.18.0-553.el8.x86_64", "5", "", "x.y"] {
+            assert!(!is_since_5_16(release), "{release}");
+        }
+    }
+
+    #[test]
+    fn each_hand_over_makes_another_connection() {
+        let mut record = record();
+        (record.pid, record.reconnects) = (Some(4711), 0);
+        let first = record.connection();
+        record.reconnects = 1;
+        assert_ne!(first, record.connection());
+        (record.pid, record.reconnects) = (Some(4712), 0);
+        assert_ne!(first, record.connection());
+        record.pid = None;
+        assert_ne!(first, record.connection());
+    }
 
     fn record() -> Record {
         Record {

@@ -1017,7 +1017,7 @@ fn no_room(path: &Path, e: io::Error) -> Error {
 }
 
 /// On Btrfs a reserved block is only safe to overwrite when the file is not copied on write.
-fn no_copy_on_write(file: &File) {
+pub(super) fn no_copy_on_write(file: &File) {
     const BTRFS: libc::c_long = 0x9123_683e;
     const NOCOW: libc::c_long = 0x0080_0000;
     const SET_FLAGS: libc::c_ulong = 0x4008_6602;

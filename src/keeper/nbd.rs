@@ -278,6 +278,8 @@ impl Front {
         if !tx.blocked {
             self.interest(&tx, EpollFlags::empty());
         }
+        // What it held back may be all that it was paused for: then no answer comes that would end the pause.
+        self.resume(&mut tx);
     }
 
     fn note(&self, what: impl FnOnce(&Taken)) {

@@ -55,7 +55,7 @@ const PIPED: usize = 64 << 10;
 /// What is received at once while such data may come.
 const AHEAD: usize = 4 << 10;
 /// Data that is read at once for an earlier keeper's requests, in bytes.
-const OWED_DATA: u64 = 16 << 20;
+const OWED_DATA: u64 = 4 << 20;
 /// The event number of the wake-up call.
 const WAKE: u64 = u64::MAX;
 /// The first event number of the kernel's sockets; below are the connections to the server.
@@ -396,6 +396,8 @@ impl DataPath {
                 .on(&config.volume));
         }
         self.forget_requests();
+        // It is about the old log.
+        *lock(&self.shared.taken) = None;
         let log = ReplayLog::discard(&config.run_dir, &identity(config)?, config.log_bytes)
             .map_err(|e| e.on(&config.volume))?;
         state.foreign = None;
@@ -633,9 +635,19 @@ impl DataPath {
         }
     }
 
-    /// The replies that an earlier keeper owes to the kernel, as far as they can be given within that time; the kernel
-    /// sends the other requests again. The data path must be up, so that the log is replayed.
-    pub fn owed_replies(&self, limit: Duration) -> Vec<OwedReply> {
+    /// The kernel's requests come on this connection from now on, by a number that no other one has.
+    pub fn name_connection(&self, connection: u64) {
+        if let Some(taken) = &*lock(&self.shared.taken) {
+            taken.name_connection(connection);
+        }
+    }
+
+    /// The replies that an earlier keeper owes to the kernel for requests on this connection, as far as they can be given
+    /// within that time; the kernel sends the other requests again.
+    pub fn owed_replies(&self, connection: u64, limit: Duration) -> Vec<OwedReply> {
+        if !lock(&self.shared.taken).as_ref().is_some_and(|taken| taken.is_of(connection)) {
+            self.forget_requests();
+        }
         let until = Instant::now() + limit;
         let owed = std::mem::take(&mut *lock(&self.shared.owed));
         let (tell, told) = mpsc::channel();
@@ -643,15 +655,18 @@ impl DataPath {
         for Owed { cookie, what } in &owed {
             let (cookie, tell) = (*cookie, tell.clone());
             let op = match *what {
-                Task::Replay => {
-                    replies.push(OwedReply { cookie, data: Vec::new() });
+                Task::Replay { seq } => {
+                    let is_done = |guard: &mut Guard<Completion>, _| {
+                        guard.is_up() && guard.log().entry(seq).is_none_or(|entry| !entry.is_live())
+                    };
+                    if self.shared.with_guard(is_done) == Some(true) {
+                        replies.push(OwedReply { cookie, data: Vec::new() });
+                    }
                     continue;
                 }
+                Task::Read { len, .. } if bytes + u64::from(len) > OWED_DATA => continue,
                 Task::Read { offset, len } => {
                     bytes += u64::from(len);
-                    if bytes > OWED_DATA {
-                        continue;
-                    }
                     Op::Read { offset, len }
                 }
                 Task::Flush => Op::Flush,

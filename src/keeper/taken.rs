@@ -1,16 +1,20 @@
 //! The requests that the keeper has taken from the kernel and not answered yet, in a file that outlives it.
 //!
-//! The kernel sends what a dead keeper had taken to the next one, but only when it looks for late requests, up to two
-//! seconds after that. So the next keeper answers what it can before the kernel has its new socket: a write that was
+//! The kernel sends what a dead keeper had taken to the next one, but only when it looks for late requests, up to 1.8 s
+//! after that. So the next keeper answers what it can before the kernel has its new socket: a write that was
 //! whole in the replay log, once the log is replayed; a read or a flush, by doing it again. The kernel knows a request
-//! by its cookie, on whichever connection the reply comes, as long as it has not sent it again.
+//! by its cookie, also on the socket that comes in the place of the one that it was sent on.
 //!
 //! It is for speed alone: what is not in here, or cannot be answered at once, the kernel sends again. So a slot may be
-//! overwritten, and none is written twice for the sake of a kill in between. Two things do matter:
+//! overwritten, and none is written twice for the sake of a kill in between. These things do matter:
 //!
 //! - A slot is emptied before its reply goes out. A reply that the kernel has had already would cost the new socket.
 //! - A write is done only if the log that is replayed had it. So the slot says which entry it is, and the file says of
 //!   which log; the entry is named after it is whole.
+//! - A cookie names a request of one connection only. So the file says of which, and a keeper that does not know of this
+//!   file names another one in the device's record.
+//! - It does so for sure only where a place in the queue stays with its request until the end, which an I/O scheduler
+//!   changes: whoever hands the socket over looks after that.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -21,7 +25,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::log::{Kind, ReplayLog};
+use super::log::{Kind, ReplayLog, no_copy_on_write};
 use crate::error::{Doing, Result};
 use crate::zerofs::nbd::Command;
 
@@ -37,6 +41,8 @@ struct Head {
     magic: AtomicU64,
     /// The log that the entries are of.
     log: AtomicU64,
+    /// The connection that the requests came on; 0 as long as nobody has said so.
+    connection: AtomicU64,
 }
 
 #[repr(C)]
@@ -60,8 +66,10 @@ pub(super) struct Owed {
 /// What must have been done before it can be answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Task {
-    /// The log is replayed.
-    Replay,
+    /// The log, which had this entry, is replayed.
+    Replay {
+        seq: u64,
+    },
     Read {
         offset: u64,
         len: u32,
@@ -89,6 +97,7 @@ impl Taken {
             .custom_flags(libc::O_CLOEXEC)
             .open(&path)
             .doing("create", &path)?;
+        no_copy_on_write(&file);
         // Reserved, so that no store to it is a SIGBUS on a full disk.
         fallocate(&file, FallocateFlags::empty(), 0, LEN as i64)
             .map_err(io::Error::from)
@@ -129,8 +138,18 @@ impl Taken {
         }
     }
 
+    /// Says which connection its requests come on from now on.
+    pub(super) fn name_connection(&self, connection: u64) {
+        self.head().connection.store(connection, Ordering::Release);
+    }
+
+    /// Whether its requests came on this connection.
+    pub(super) fn is_of(&self, connection: u64) -> bool {
+        self.head().connection.load(Ordering::Acquire) == connection
+    }
+
     /// The slot of a request. One half of the kernel's cookie is the number of a place in its queue, the other one
-    /// counts its uses; until Linux 6.5 the bytes came in the order of the machine.
+    /// counts the requests there; until Linux 6.5 the bytes came in the order of the machine.
     fn slot(&self, cookie: u64) -> Option<&Slot> {
         let (high, low) = ((cookie >> 32) as u32, cookie as u32);
         let (place, uses) = if low < SLOTS { (low, high) } else { (high.swap_bytes(), low) };
@@ -144,6 +163,7 @@ impl Taken {
     /// A request was taken.
     pub(super) fn take(&self, cookie: u64, command: Command, offset: u64, len: u32) {
         let Some(slot) = self.slot(cookie) else { return };
+        // In this order, wherever a kill comes: nobody finds the cookie of one request beside the rest of another.
         slot.cookie.store(0, Ordering::Relaxed);
         slot.offset.store(offset, Ordering::Release);
         slot.seq.store(0, Ordering::Release);
@@ -172,7 +192,7 @@ impl Taken {
         self.slots().iter().for_each(|slot| slot.cookie.store(0, Ordering::Relaxed));
     }
 
-    /// What an earlier keeper took and can still be answered; `log` is as it was found.
+    /// What an earlier keeper took and can still be answered; the rest is forgotten. `log` is as it was found.
     pub(super) fn owed(&self, log: &ReplayLog) -> Vec<Owed> {
         let task = |slot: &Slot| {
             let (offset, len) = (slot.offset.load(Ordering::Relaxed), slot.len.load(Ordering::Relaxed));
@@ -182,9 +202,10 @@ impl Taken {
             } else if command == Command::Flush as u32 {
                 Some(Task::Flush)
             } else if command == Command::Write as u32 {
-                let entry = log.entry(slot.seq.load(Ordering::Relaxed))?;
+                let seq = slot.seq.load(Ordering::Relaxed);
+                let entry = log.entry(seq)?;
                 let is_it = entry.kind == Kind::Write && (entry.offset, entry.len) == (offset, len.into());
-                (is_it && entry.is_live()).then_some(Task::Replay)
+                (is_it && entry.is_live()).then_some(Task::Replay { seq })
             } else {
                 None
             }
@@ -193,7 +214,11 @@ impl Taken {
             .iter()
             .filter_map(|slot| {
                 let cookie = slot.cookie.load(Ordering::Acquire);
-                Some(Owed { cookie, what: (cookie != 0).then(|| task(slot))?? })
+                let what = (cookie != 0).then(|| task(slot)).flatten();
+                if what.is_none() {
+                    slot.cookie.store(0, Ordering::Relaxed);
+                }
+                Some(Owed { cookie, what: what? })
             })
             .collect()
     }
@@ -227,7 +252,9 @@ mod tests {
         taken.take(read, Command::Read, 4096, 512);
         taken.take(flush, Command::Flush, 0, 0);
         taken.take(write, Command::Write, 8192, 4);
-        taken.logged(write, first.append(Kind::Write, 8192, 4, b"data").unwrap());
+        let seq = first.append(Kind::Write, 8192, 4, b"data").unwrap();
+        taken.logged(write, seq);
+        taken.name_connection(77);
         taken.take(old, Command::Read, 0, 1024);
         // Answered ones, one of them in a slot that has been used again; and a late answer to the use before.
         taken.take(cookie(1, 8), Command::Read, 0, 512);
@@ -243,11 +270,12 @@ mod tests {
         let owed = |taken: &Taken| taken.owed(&log).iter().map(|o| (o.cookie, o.what)).collect::<Vec<_>>();
         let all = vec![
             (read, Task::Read { offset: 4096, len: 512 }),
-            (write, Task::Replay),
+            (write, Task::Replay { seq }),
             (old, Task::Read { offset: 0, len: 1024 }),
             (cookie(2, 9), Task::Flush),
             (flush, Task::Flush),
         ];
+        assert!(taken.is_of(77) && !taken.is_of(78));
         assert_eq!(owed(&taken), all);
         taken.answered(read);
         assert_eq!(owed(&taken), all[1..]);
@@ -260,28 +288,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut log = log(dir.path());
         let taken = Taken::create(dir.path(), log.id()).unwrap();
-        let owed = |log: &ReplayLog| taken.owed(log).iter().map(|o| o.cookie).collect::<Vec<_>>();
-        // Received, and not in the log yet.
-        taken.take(cookie(1, 1), Command::Write, 0, 4);
-        assert!(owed(&log).is_empty());
-        // The entry of another write to the same place is none of its business.
+        let owed = |log: &ReplayLog, seq: Option<u64>, offset: u64| {
+            taken.take(cookie(1, 1), Command::Write, offset, 4);
+            if let Some(seq) = seq {
+                taken.logged(cookie(1, 1), seq);
+            }
+            !taken.owed(log).is_empty()
+        };
+        assert!(!owed(&log, None, 0), "received, and not in the log yet");
         let other = log.append(Kind::Write, 0, 4, b"used").unwrap();
-        assert!(owed(&log).is_empty());
+        assert!(!owed(&log, None, 0), "the entry of another write to the same place");
         log.void(other);
-        // An entry that has been voided is not replayed.
-        taken.logged(cookie(1, 1), other);
-        assert!(owed(&log).is_empty());
+        assert!(!owed(&log, Some(other), 0), "an entry that is void is not replayed");
         let own = log.append(Kind::Write, 0, 4, b"mine").unwrap();
-        taken.logged(cookie(1, 1), own);
-        assert_eq!(owed(&log), [cookie(1, 1)]);
-        // Nor one of another range.
-        taken.take(cookie(1, 2), Command::Write, 8, 4);
-        taken.logged(cookie(1, 2), own);
-        assert_eq!(owed(&log), [cookie(1, 1)]);
-        // A flush has covered it: the kernel sends it again.
+        assert!(owed(&log, Some(own), 0));
+        assert!(!owed(&log, Some(own), 8), "another range");
         log.ack(own);
         log.release(log.mark());
-        assert!(owed(&log).is_empty());
+        assert!(!owed(&log, Some(own), 0), "a flush has covered it: the kernel sends it again");
     }
 
     #[test]
