@@ -603,21 +603,30 @@ impl LinuxHost {
         self
     }
 
-    /// Unmounts, from a device that is not dead in a process of its own: what the filesystem writes at the very end waits
-    /// for a storage that takes nothing, out of reach of every signal.
+    /// Unmounts, in a process of its own: what the filesystem writes at the very end waits for a storage that takes
+    /// nothing, out of reach of every signal.
     fn unmount_now(&self, target: &Path, source: Option<&str>, dead: bool) -> Result<()> {
         let unmount = || nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| errno as i32);
-        if dead {
-            return unmounted(unmount(), target, dead);
-        }
+        let limit = if dead { UNMOUNT_LIMIT } else { self.patience };
         let mut apart = apart::start(&format!("unmount {}", target.display()), unmount)?;
         let mut waits = |elapsed: Duration| {
-            (self.progress)("unmount it", elapsed.as_secs(), Some(self.patience.as_secs()));
+            (self.progress)("unmount it", elapsed.as_secs(), Some(limit.as_secs()));
         };
-        if let Some(result) = apart.wait(self.patience, &mut waits)? {
+        if let Some(result) = apart.wait(limit, &mut waits)? {
             return unmounted(result, target, dead);
         }
-        if self.force {
+        if !dead && !self.force {
+            return Err(Error::new(
+                Kind::Interrupted,
+                format!(
+                    "{} is not unmounted within {} s: its storage does not take the last writes",
+                    target.display(),
+                    limit.as_secs()
+                ),
+            )
+            .hint("see why: zerofsctl list; nothing is lost, and the unmount ends by itself once the storage takes data: then run the same command again"));
+        }
+        if !dead {
             self.fail_device(source)?;
             if let Some(result) = apart.wait(UNMOUNT_LIMIT, &mut |_| {})? {
                 return unmounted(result, target, true);
@@ -626,12 +635,12 @@ impl LinuxHost {
         Err(Error::new(
             Kind::Interrupted,
             format!(
-                "{} is not unmounted within {} s: its storage does not take the last writes",
+                "{} is not unmounted within {} s, although its device only gives errors",
                 target.display(),
-                self.patience.as_secs()
+                UNMOUNT_LIMIT.as_secs()
             ),
         )
-        .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"))
+        .hint("see what the kernel says: dmesg | tail; then run the same command again"))
     }
 
     /// Lets the device of a filesystem fail at once, by disconnecting it, or for FUSE by killing its keeper: the only way to
@@ -1472,7 +1481,8 @@ impl Host for LinuxHost {
             utab::forget(target);
         }
         let result = self.unmount_now(target, source.as_deref(), dead);
-        if noted && result.is_err() && mounts::at(&mounts::table("self")?, target).is_some() {
+        let mounted = || mounts::table("self").is_ok_and(|table| mounts::at(&table, target).is_some());
+        if noted && result.is_err() && mounted() {
             utab::note(target);
         }
         result

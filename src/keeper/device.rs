@@ -57,6 +57,8 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 const LET_GO_LIMIT: Duration = Duration::from_secs(30);
 /// How long new I/O waits for what an earlier keeper owes to the kernel.
 const OWED_LIMIT: Duration = Duration::from_millis(500);
+/// How long a look at the queue may take before a hand-over.
+const LOOK_LIMIT: Duration = Duration::from_millis(200);
 /// How long the kernel may take to see that the sockets of a dead keeper are dead.
 const TAKE_LIMIT: Duration = Duration::from_secs(20);
 /// How long the kernel may take to change a device's settings, for which it lets all I/O in flight end.
@@ -109,7 +111,8 @@ impl Record {
         Ok((record.boot == boot_id()).then_some(record))
     }
 
-    /// A number that no other connection of the device has, nor of the volume in this boot.
+    /// A number that no other connection of the device has, nor of the volume in this boot; 0 where nobody can tell the
+    /// process, which empties the file of its requests by connecting.
     fn connection(&self) -> u64 {
         u64::from(self.pid.unwrap_or(0).cast_unsigned()) << 32 | self.reconnects & u64::from(u32::MAX)
     }
@@ -482,14 +485,14 @@ impl Shared {
         }
         // A scheduler gives the place of a request that is to be sent again to another one, with a count of its own. With
         // one socket, a reply comes on the right one.
-        let unscheduled = sysfs::queue(index).is_ok_and(|queue| queue.scheduler.as_deref() == Some("none"));
-        let mut replies = if fenced || record.sockets != 1 || !unscheduled || !knows_its_requests() {
+        let mut replies = if fenced || record.sockets != 1 || !knows_its_requests() || !is_unscheduled(index)
+        {
             self.data.forget_requests();
             Vec::new()
         } else {
             self.data.owed_replies(record.connection(), OWED_LIMIT)
         };
-        let owed = replies.len();
+        let mut given = 0;
         let begun = Instant::now();
         loop {
             let missing = record.sockets.saturating_sub(self.data.nbd_sockets());
@@ -507,6 +510,7 @@ impl Shared {
             }
             // Once only: the kernel ends a socket with a reply to what it has just sent again, or has had.
             let replies = std::mem::take(&mut replies);
+            given += replies.len();
             let sockets = sockets_of(&self.data, missing, record.read_only, &replies)?;
             let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
             netlink::reconfigure(
@@ -528,7 +532,7 @@ impl Shared {
         self.remember(&record)?;
         self.data.name_connection(record.connection());
         info!(
-            "/dev/nbd{index} has new sockets, and the replies to {owed} requests that an earlier keeper had taken"
+            "/dev/nbd{index} has new sockets, and the replies to {given} requests that an earlier keeper had taken"
         );
         Ok(())
     }
@@ -776,6 +780,16 @@ fn pid_for_the_kernel() -> Option<i32> {
     // The number of the first pid namespace is fixed in the kernel.
     let first = std::fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns == Path::new("pid:[4026531836]"));
     first.then(|| nix::unistd::gettid().as_raw())
+}
+
+/// Whether the device has no scheduler, for sure. Not asked by this process: a change of the queue that waits for the
+/// device lets the question wait, too.
+fn is_unscheduled(index: u32) -> bool {
+    let look = || match sysfs::is_unscheduled(index) {
+        Ok(true) => Ok(()),
+        _ => Err(libc::EIO),
+    };
+    apart::run(&format!("look at the scheduler of /dev/nbd{index}"), LOOK_LIMIT, look).is_ok()
 }
 
 /// Whether the kernel tells a late reply from one that it waits for, also while it sends the request again.

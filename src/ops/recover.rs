@@ -33,7 +33,9 @@ pub(super) fn settle_all(engine: &Engine<'_>, journal: &mut Journal, volume: &Vo
     }
     let name = journal.open_run().map(|r| r.plan.operation.name());
     match (engine.settle(journal, None)?, name) {
-        (Settlement::Finish, Some(name)) => what.push(format!("finished a {name} that was cut short")),
+        (Settlement::Finish, Some(name)) => {
+            what.push(format!("finished an earlier {name} that was cut short"))
+        }
         (Settlement::Unwind, Some(name)) => what.push(format!("undid an earlier {name} that was cut short")),
         _ => {}
     }

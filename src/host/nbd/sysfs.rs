@@ -147,6 +147,13 @@ pub fn queue(index: u32) -> Result<Queue> {
     queue_in(Path::new(BLOCK), index)
 }
 
+/// Whether no scheduler stands between the device's requests and its driver.
+pub fn is_unscheduled(index: u32) -> Result<bool> {
+    let path = Path::new(BLOCK).join(format!("nbd{index}/queue/scheduler"));
+    let text = std::fs::read_to_string(&path).doing("read", &path)?;
+    Ok(text.trim() == "none" || text.split_whitespace().any(|word| word == "[none]"))
+}
+
 /// Sets the queue of a device.
 pub fn set_queue(index: u32, queue: &Queue) -> Result<()> {
     set_queue_in(Path::new(BLOCK), index, queue)
