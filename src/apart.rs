@@ -93,11 +93,11 @@ impl Apart {
             if elapsed >= limit {
                 return Ok(None);
             }
-            std::thread::sleep(Duration::from_millis(1));
-            if elapsed > Duration::from_millis(200) {
+            let long = elapsed > Duration::from_millis(200);
+            if long {
                 waits(elapsed);
-                std::thread::sleep(Duration::from_millis(20));
             }
+            std::thread::sleep(Duration::from_millis(if long { 20 } else { 1 }));
         }
     }
 }

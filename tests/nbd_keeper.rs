@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use support::cases;
 use support::forgetful::{Asks, Disk, Server};
+use support::{cases, wait_until};
 use tempfile::TempDir;
 use zerofsctl::keeper::path::{DataEvent, DataPath, DataPathConfig, LogState};
 use zerofsctl::zerofs::nbd::{Command, FLAG_FUA, RequestHeader, SimpleReply};
@@ -130,11 +130,9 @@ impl Bench {
 
     /// Waits until so many operations are in flight.
     fn wait_for_pending(&self, n: u64) {
-        let end = Instant::now() + Duration::from_secs(30);
-        while self.path.stats().pending < n {
-            assert!(Instant::now() < end, "{:?}", self.path.stats());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_until("the operations are in flight", Duration::from_secs(30), || {
+            self.path.stats().pending >= n
+        });
     }
 
     fn server(&self) -> Server {
@@ -397,7 +395,6 @@ fn what_was_taken_under_other_circumstances_is_not_answered() {
     let mut bench = Bench::new();
     let mut server = bench.server();
     for discards in [false, true, false] {
-        bench.path.name_connection(7);
         let kernel = &mut bench.sockets(1, false)[0];
         kernel.cookie = 1 << 32;
         bench.path.name_connection(7);

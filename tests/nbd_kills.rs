@@ -143,19 +143,14 @@ impl Lab {
             faults.push(format!("ext4's count of errors is {errors:?}"));
         }
         // "I/O error, dev nbd0", "Buffer I/O error on dev nbd0", "EXT4-fs error (device nbd0)".
-        faults.extend(
-            self.kernel.lines().into_iter().filter(|l| l.contains("I/O error") || l.contains("-fs error")),
-        );
+        let said = self.kernel.lines();
+        faults.extend(said.iter().filter(|l| l.contains("I/O error") || l.contains("-fs error")).cloned());
         // What the driver says of a reply that it does not want, which costs the socket. That it sends a request again in the
         // instant of the hand-over cannot be helped.
         let unwanted =
             ["Double reply", "Unexpected reply", "Suspicious reply", "already handled", "Raced with"];
-        let unwanted: Vec<_> = self
-            .kernel
-            .lines()
-            .into_iter()
-            .filter(|l| unwanted.iter().any(|word| l.contains(word)))
-            .collect();
+        let unwanted: Vec<_> =
+            said.into_iter().filter(|l| unwanted.iter().any(|word| l.contains(word))).collect();
         let answered = self.owed_replies().into_iter().filter(|owed| *owed > 0).count();
         if unwanted.len() > answered / 2 + 2 {
             faults.extend(unwanted);

@@ -711,9 +711,8 @@ impl LinuxHost {
 
     /// Writes out what is cached of the filesystem at `target`, when this is its last mount. An unmount does that too,
     /// but for a storage that takes no data it would wait without end, out of reach of every signal.
-    fn write_out(&self, target: &Path) -> Result<()> {
-        let table = mounts::table("self")?;
-        let Some(source) = mounts::at(&table, target).map(|m| m.source) else { return Ok(()) };
+    fn write_out(&self, target: &Path, table: &[MountEntry]) -> Result<()> {
+        let Some(source) = mounts::at(table, target).map(|m| m.source) else { return Ok(()) };
         if table.iter().filter(|m| m.source == source).count() > 1 {
             return Ok(());
         }
@@ -1467,8 +1466,9 @@ impl Host for LinuxHost {
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
         let mut dead = dead;
         // While it is being unmounted, the table does not have it any more.
-        let source = mounts::at(&mounts::table("self")?, target).map(|m| m.source);
-        if !dead && let Err(e) = self.write_out(target) {
+        let table = mounts::table("self")?;
+        let source = mounts::at(&table, target).map(|m| m.source);
+        if !dead && let Err(e) = self.write_out(target, &table) {
             if !self.force {
                 return Err(e);
             }

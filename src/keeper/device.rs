@@ -111,8 +111,8 @@ impl Record {
         Ok((record.boot == boot_id()).then_some(record))
     }
 
-    /// A number that no other connection of the device has, nor of the volume in this boot; 0 where nobody can tell the
-    /// process, which empties the file of its requests by connecting.
+    /// A number that no other connection of the device has, nor of the volume in this boot, as far as the process is known;
+    /// a new connection forgets the requests of an earlier one in any case.
     fn connection(&self) -> u64 {
         u64::from(self.pid.unwrap_or(0).cast_unsigned()) << 32 | self.reconnects & u64::from(u32::MAX)
     }
@@ -785,8 +785,8 @@ fn pid_for_the_kernel() -> Option<i32> {
 /// Whether the device has no scheduler, for sure. Not asked by this process: a change of the queue that waits for the
 /// device lets the question wait, too.
 fn is_unscheduled(index: u32) -> bool {
-    let look = || match sysfs::is_unscheduled(index) {
-        Ok(true) => Ok(()),
+    let look = || match sysfs::scheduler(index) {
+        Ok(Some(scheduler)) if scheduler == "none" => Ok(()),
         _ => Err(libc::EIO),
     };
     apart::run(&format!("look at the scheduler of /dev/nbd{index}"), LOOK_LIMIT, look).is_ok()

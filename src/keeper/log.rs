@@ -427,20 +427,8 @@ impl ReplayLog {
         let capacity = rounded(capacity);
         // Made beside and renamed, so that a kill in the middle leaves no half a log.
         let new = dir.join(".replay.log.new");
-        match std::fs::remove_file(&new) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).doing("remove", &new),
-            _ => {}
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(&new)
-            .doing("create the replay log", &new)?;
+        let file = new_file(&new, "create the replay log")?;
         lock(&file, &new)?;
-        no_copy_on_write(&file);
         file.set_len(DATA + capacity).doing("size the replay log", &new)?;
         let header = Header {
             generation: 0,
@@ -1016,8 +1004,26 @@ fn no_room(path: &Path, e: io::Error) -> Error {
         .hint(format!("free some room there (df -h {folder}), or choose another folder with --run-dir"))
 }
 
+/// A new file to be mapped, in the place of any other.
+pub(super) fn new_file(path: &Path, doing: &'static str) -> Result<File> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).doing("remove", path),
+        _ => {}
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(libc::O_CLOEXEC)
+        .open(path)
+        .doing(doing, path)?;
+    no_copy_on_write(&file);
+    Ok(file)
+}
+
 /// On Btrfs a reserved block is only safe to overwrite when the file is not copied on write.
-pub(super) fn no_copy_on_write(file: &File) {
+fn no_copy_on_write(file: &File) {
     const BTRFS: libc::c_long = 0x9123_683e;
     const NOCOW: libc::c_long = 0x0080_0000;
     const SET_FLAGS: libc::c_ulong = 0x4008_6602;

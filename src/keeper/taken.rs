@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::log::{Kind, ReplayLog, no_copy_on_write};
+use super::log::{Kind, ReplayLog, new_file};
 use crate::error::{Doing, Result};
 use crate::zerofs::nbd::Command;
 
@@ -85,19 +85,7 @@ impl Taken {
     pub(super) fn create(dir: &Path, log: u64) -> Result<Taken> {
         let path = dir.join(FILE_NAME);
         // Never the file that somebody may still have mapped.
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).doing("remove", &path),
-            _ => {}
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(&path)
-            .doing("create", &path)?;
-        no_copy_on_write(&file);
+        let file = new_file(&path, "create")?;
         // Reserved, so that no store to it is a SIGBUS on a full disk.
         fallocate(&file, FallocateFlags::empty(), 0, LEN as i64)
             .map_err(io::Error::from)
@@ -156,10 +144,6 @@ impl Taken {
         (place < SLOTS && uses != 0).then(|| &self.slots()[place as usize])
     }
 
-    fn with(&self, cookie: u64) -> Option<&Slot> {
-        self.slot(cookie).filter(|slot| slot.cookie.load(Ordering::Relaxed) == cookie)
-    }
-
     /// A request was taken.
     pub(super) fn take(&self, cookie: u64, command: Command, offset: u64, len: u32) {
         let Some(slot) = self.slot(cookie) else { return };
@@ -174,7 +158,9 @@ impl Taken {
 
     /// A write that was taken is whole in the log.
     pub(super) fn logged(&self, cookie: u64, seq: u64) {
-        if let Some(slot) = self.with(cookie) {
+        if let Some(slot) = self.slot(cookie)
+            && slot.cookie.load(Ordering::Relaxed) == cookie
+        {
             slot.seq.store(seq, Ordering::Release);
         }
     }

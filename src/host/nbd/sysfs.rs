@@ -147,11 +147,9 @@ pub fn queue(index: u32) -> Result<Queue> {
     queue_in(Path::new(BLOCK), index)
 }
 
-/// Whether no scheduler stands between the device's requests and its driver.
-pub fn is_unscheduled(index: u32) -> Result<bool> {
-    let path = Path::new(BLOCK).join(format!("nbd{index}/queue/scheduler"));
-    let text = std::fs::read_to_string(&path).doing("read", &path)?;
-    Ok(text.trim() == "none" || text.split_whitespace().any(|word| word == "[none]"))
+/// The I/O scheduler of a device, such as `none`.
+pub fn scheduler(index: u32) -> Result<Option<String>> {
+    scheduler_in(&Path::new(BLOCK).join(format!("nbd{index}/queue")))
 }
 
 /// Sets the queue of a device.
@@ -176,15 +174,19 @@ pub fn give_back_queue(index: u32) -> Result<()> {
     )
 }
 
+fn scheduler_in(queue: &Path) -> Result<Option<String>> {
+    // `[mq-deadline] none`: the one in use is in brackets.
+    Ok(text(&queue.join("scheduler"))?.map(|t| {
+        let marked = t.split(' ').find_map(|w| w.strip_prefix('[')?.strip_suffix(']'));
+        marked.unwrap_or(&t).to_owned()
+    }))
+}
+
 fn queue_in(block: &Path, index: u32) -> Result<Queue> {
     let dir = block.join(format!("nbd{index}/queue"));
     let number = |name: &str| Ok::<_, Error>(text(&dir.join(name))?.and_then(|t| t.parse().ok()));
     Ok(Queue {
-        // `[mq-deadline] none`: the one in use is in brackets.
-        scheduler: text(&dir.join("scheduler"))?.map(|t| {
-            let marked = t.split(' ').find_map(|w| w.strip_prefix('[')?.strip_suffix(']'));
-            marked.unwrap_or(&t).to_owned()
-        }),
+        scheduler: scheduler_in(&dir)?,
         read_ahead_kib: number("read_ahead_kb")?,
         max_request_kib: number("max_sectors_kb")?,
         io_timeout_ms: number("io_timeout")?,
