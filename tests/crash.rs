@@ -720,6 +720,47 @@ fn a_detach_without_a_server_is_refused_and_with_force_gives_up_only_the_device(
 }
 
 #[test]
+fn a_place_on_a_failed_device_of_the_direct_path_brings_it_back_first() {
+    let m = Machine::new(DIRECT);
+    m.attach("/a").unwrap();
+    m.host.write(1);
+    m.host.kill_zerofs();
+    assert_eq!(m.host.life(), Life::Dead);
+    m.publish("/pod").unwrap();
+    assert_eq!(m.host.life(), Life::Served);
+    m.assert_data("for the pod");
+}
+
+/// The kernel has taken the mount out of its table, and still waits for the storage.
+#[test]
+fn an_unmount_that_was_given_up_is_waited_for_and_ends_by_force() {
+    for (made, forced) in [(FUSE, false), (FUSE, true), (NBD, false), (NBD, true)] {
+        let m = Machine::new(made);
+        m.attach("/a").unwrap();
+        m.host.write(1);
+        m.host.let_last_writes_stick();
+        m.host.set_store_away(true);
+        assert_eq!(m.detach().unwrap_err().step(), Some("unmount"));
+        assert!(!m.host.leftovers().contains(&"mount"));
+        let again = m.detach().unwrap_err();
+        assert_eq!((again.kind(), again.step()), (Kind::Interrupted, Some("disconnect")), "{again}");
+        assert!(m.attach("/a").is_err(), "it is mounted while it is unmounted");
+        assert!(m.host.leftovers().contains(&"device"));
+        if forced {
+            m.host.set_force(true);
+            assert_eq!(m.detach().unwrap_err().step(), Some("stop"));
+            let left = m.host.leftovers();
+            assert!(!left.contains(&"device") && left.contains(&"log"), "{left:?}");
+        }
+        m.host.set_store_away(false);
+        m.detach().unwrap();
+        m.assert_empty("once the store is back");
+        m.attach("/a").unwrap();
+        m.assert_data("nothing that was acknowledged is lost");
+    }
+}
+
+#[test]
 fn a_device_without_keeper_and_server_is_detached_by_force_only() {
     let m = Machine::new(NBD);
     m.attach("/a").unwrap();
@@ -800,14 +841,17 @@ enum Deed {
     Flush,
     KillKeeper,
     KillZerofs,
+    StoreAway(bool),
+    DetachByForce,
 }
 
 impl Deed {
     fn act(&self, m: &Machine) -> Result<()> {
+        m.host.set_force(matches!(self, Deed::DetachByForce));
         match self {
             Deed::Attach(0) => m.attach("/a"),
             Deed::Attach(n) => m.attach(&format!("/t{n}")),
-            Deed::Detach => m.detach(),
+            Deed::Detach | Deed::DetachByForce => m.detach(),
             Deed::DetachTarget(0) => m.detach_target("/a"),
             Deed::DetachTarget(n) => m.detach_target(&format!("/t{n}")),
             Deed::Resize(n) => m.resize(u64::from(*n)),
@@ -837,6 +881,10 @@ impl Deed {
                 m.host.kill_zerofs();
                 Ok(())
             }
+            Deed::StoreAway(away) => {
+                m.host.set_store_away(*away);
+                Ok(())
+            }
         }
     }
 }
@@ -857,6 +905,9 @@ fn deeds() -> impl Strategy<Value = (Deed, Option<u64>, Option<u64>)> {
         1 => Just(Deed::Flush),
         1 => Just(Deed::KillKeeper),
         1 => Just(Deed::KillZerofs),
+        1 => Just(Deed::StoreAway(true)),
+        2 => Just(Deed::StoreAway(false)),
+        1 => Just(Deed::DetachByForce),
     ];
     let instant = || prop_oneof![3 => Just(None), 1 => (0..30u64).prop_map(Some)];
     (deed, instant(), instant())
@@ -874,9 +925,13 @@ proptest! {
     fn random_interleavings_lose_nothing(
         story in proptest::collection::vec(deeds(), 1..25),
         made in proptest::sample::select(ALL.to_vec()),
+        last_writes_stick: bool,
     ) {
         quiet_kills();
         let m = Machine::new(made);
+        if last_writes_stick {
+            m.host.let_last_writes_stick();
+        }
         for (deed, kill, fail) in &story {
             m.host.kill_at(*kill);
             m.host.fail_at(*fail);
@@ -884,6 +939,7 @@ proptest! {
         }
         m.host.kill_at(None);
         m.host.fail_at(None);
+        m.host.set_store_away(false);
         m.recover().unwrap();
         m.attach("/end").unwrap();
         prop_assert_eq!(m.host.read(), Some(m.host.acknowledged()));

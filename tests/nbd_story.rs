@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
+use support::stuck::an_unmount_without_storage;
 use support::watch::Watch;
 use support::{require_program, wait_until};
 use zerofsctl::host::nbd::{self, sysfs};
@@ -400,6 +401,13 @@ fn nbd_without_a_server_a_detach_ends_and_with_force_frees_the_device() {
     node.ok(&["attach", "vol1", "--target", &m]);
     assert_holds(&Path::new(&m).join("data"), &bytes, "what was synced is there");
     node.ok(&["detach", "vol1"]);
+    assert_eq!(connected(), before);
+}
+
+#[test]
+fn nbd_an_unmount_that_waits_for_its_storage_is_told_of_and_comes_to_its_end() {
+    let before = connected();
+    an_unmount_without_storage(&node(), "nbd");
     assert_eq!(connected(), before);
 }
 

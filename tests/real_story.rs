@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::cli::{Answer, Node, Victim, assert_holds, files_below, pattern, write_durably};
+use support::stuck::an_unmount_without_storage;
 use support::zerofs::Daemon;
 use support::{require_program, wait_until, zerofs_bin};
 
@@ -389,46 +390,9 @@ fn root_a_full_state_disk_stops_no_volume() {
     node.assert_nothing_left("in the end");
 }
 
-/// A filesystem that has nothing left to write, and yet writes that it is clean when it is unmounted.
 #[test]
 fn root_an_unmount_that_waits_for_its_storage_is_told_of_and_comes_to_its_end() {
-    let node = Node::new();
-    let target = node.target("m");
-    let attach = || node.ok(&["attach", "vol1", "--target", &target, "--size", "64Mi"]);
-    attach();
-    let (file, bytes) = (Path::new(&target).join("data"), pattern(4, MIB));
-    write_durably(&file, &bytes);
-    // A sync that finds nothing to do.
-    let programs = node.dir.join("programs");
-    fs::create_dir(&programs).expect("a new folder");
-    std::os::unix::fs::symlink("/bin/true", programs.join("sync")).expect("a new link");
-    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("there is one"));
-    let detach = |words: &[&str]| {
-        let words = [&["detach", "vol1", "--stop-timeout", "3s"], words].concat();
-        Answer::of(node.command(&words).env("PATH", &path))
-    };
-    let zerofs = Pid::from_raw(node.processes().1[0]);
-    kill(zerofs, Signal::SIGSTOP).expect("it runs");
-    let refused = detach(&[]);
-    let again = detach(&[]);
-    kill(zerofs, Signal::SIGCONT).expect("it still runs");
-    refused.expect_error(130, &["is not unmounted within 3 s", "m"]);
-    again.expect_error(11, &["an unmount that is not over"]);
-    wait_until("the unmount is over", Duration::from_secs(30), || {
-        node.run(&["detach", "vol1"]).code == Some(0)
-    });
-    node.assert_nothing_left("after an unmount in two goes");
-
-    attach();
-    assert_holds(&file, &bytes, "after an unmount in two goes");
-    let zerofs = Pid::from_raw(node.processes().1[0]);
-    kill(zerofs, Signal::SIGSTOP).expect("it runs");
-    let forced = detach(&["--force"]).expect_code(0);
-    assert!(forced.stderr.contains("is failed by force"), "{forced:?}");
-    node.assert_nothing_left("by force");
-    attach();
-    assert_holds(&file, &bytes, "after an unmount by force");
-    node.ok(&["detach", "vol1"]);
+    an_unmount_without_storage(&Node::new(), "fuse");
 }
 
 #[test]

@@ -78,6 +78,10 @@ struct World {
     store_away: bool,
     /// A detach was told --force.
     force: bool,
+    /// Without a store an unmount gets stuck in the kernel, after it has left the mount table.
+    last_writes_stick: bool,
+    /// One is stuck there.
+    unmounting: bool,
     mounts: Vec<MountEntry>,
     links: BTreeMap<PathBuf, PathBuf>,
     folders: BTreeSet<PathBuf>,
@@ -212,6 +216,7 @@ impl FakeHost {
         let mut w = self.world.borrow_mut();
         if w.life() == Life::Waiting {
             w.harm_filesystem();
+            w.unmounting = false;
         }
     }
 
@@ -219,12 +224,23 @@ impl FakeHost {
     pub fn set_store_away(&self, away: bool) {
         let mut w = self.world.borrow_mut();
         w.store_away = away;
-        w.zerofs &= !away;
+        // Sooner or later ZeroFS ends without its store; a keeper starts it again once it can.
+        w.zerofs = !away && (w.zerofs || w.keeper);
+        if away {
+            w.lose_direct_path();
+        } else if w.keeper && w.raised {
+            w.flush();
+        }
     }
 
     /// Whether a detach may give up what no server takes.
     pub fn set_force(&self, force: bool) {
         self.world.borrow_mut().force = force;
+    }
+
+    /// From now on an unmount without a store is given up when it has left the mount table already.
+    pub fn let_last_writes_stick(&self) {
+        self.world.borrow_mut().last_writes_stick = true;
     }
 
     /// Whether the device answers.
@@ -235,13 +251,10 @@ impl FakeHost {
     /// SIGKILL to ZeroFS: a living keeper restarts it and replays, which ends in a flush.
     pub fn kill_zerofs(&self) {
         let mut w = self.world.borrow_mut();
-        if let Some(nbd) = w.nbd.as_mut().filter(|n| n.path == IoPath::Direct) {
-            nbd.given_up = true;
-            w.harm_filesystem();
-        }
+        w.lose_direct_path();
         if w.keeper {
             // What an earlier keeper left waits for the replay step.
-            if w.raised {
+            if w.raised && !w.store_away {
                 w.flush();
             }
         } else {
@@ -365,10 +378,42 @@ impl World {
         }
     }
 
+    /// ZeroFS has ended: a device of the direct path fails.
+    fn lose_direct_path(&mut self) {
+        if let Some(nbd) = self.nbd.as_mut().filter(|n| n.path == IoPath::Direct) {
+            nbd.given_up = true;
+            self.harm_filesystem();
+        }
+    }
+
     fn lose_keeper(&mut self) {
         self.keeper = false;
         self.served = false;
         self.raised = false;
+    }
+
+    /// No server takes what is cached.
+    fn is_stuck(&self) -> bool {
+        self.life() == Life::Waiting || self.life() == Life::Served && self.store_away
+    }
+
+    /// The errors of a dead device end an unmount.
+    fn is_unmounting(&self) -> bool {
+        self.unmounting && self.life() != Life::Dead
+    }
+
+    /// By force.
+    fn let_device_fail(&mut self) {
+        match &mut self.nbd {
+            Some(nbd) => nbd.given_up = true,
+            None => self.lose_keeper(),
+        }
+    }
+
+    fn mark_clean(&mut self) {
+        if let Some(f) = self.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
+            f.clean = true;
+        }
     }
 
     fn require_store(&self) -> Result<()> {
@@ -474,7 +519,9 @@ impl Observe for FakeHost {
     }
 
     fn device_users(&self, _: &Path) -> Result<Vec<User>> {
-        Ok(self.world.borrow().users.clone())
+        let w = self.world.borrow();
+        let kernel = w.is_unmounting().then(|| User { pid: 0, name: "the kernel".into() });
+        Ok(w.users.iter().cloned().chain(kernel).collect())
     }
 
     fn can_grow_mounted(&self, _: FsType) -> Result<()> {
@@ -728,6 +775,8 @@ impl Host for FakeHost {
             let ours = |m: &MountEntry| m.source == LOOP || m.source == NBD || m.source == NODES;
             assert!(!w.mounts.iter().any(ours), "a mounted device is disconnected");
             assert!(!dead || w.life() == Life::Dead, "a live device is taken down as if it were dead");
+            assert!(!w.is_unmounting(), "a device is disconnected while its filesystem writes its last");
+            w.unmounting = false;
             w.device = None;
             w.nbd = None;
             Ok(())
@@ -781,7 +830,7 @@ impl Host for FakeHost {
 
     fn check(&self, _: &Device, _: FsType, repair: bool) -> Result<CheckResult> {
         self.change(|w| {
-            assert!(w.mounts.is_empty(), "checked while mounted");
+            assert!(w.mounts.is_empty() && !w.is_unmounting(), "checked while mounted");
             Ok(CheckResult { clean: true, repaired: repair, output: String::new() })
         })
     }
@@ -801,6 +850,7 @@ impl Host for FakeHost {
                 "mounted before it was recorded"
             );
             assert!(w.folders.contains(target.as_path()), "mounted on nothing");
+            assert!(!w.is_unmounting(), "mounted while its unmount is not over");
             let f =
                 w.disk.as_mut().and_then(|d| d.filesystem.as_mut()).expect("mounted without a filesystem");
             assert!(f.clean || !w.mounts.is_empty(), "mounted without a preen");
@@ -819,25 +869,41 @@ impl Host for FakeHost {
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
         self.change(|w| {
             assert!(!dead || w.life() == Life::Dead, "a live mount is detached lazily");
-            let stuck = w.life() == Life::Waiting || w.life() == Life::Served && w.store_away;
+            let stuck = w.is_stuck();
             if stuck && !w.force {
+                let harmed = |m: &MountEntry| m.target == target && m.read_only;
+                if w.last_writes_stick && !w.mounts.iter().any(harmed) {
+                    w.mounts.retain(|m| m.target != target);
+                    w.unmounting = w.mounts.is_empty();
+                }
                 return Err(Error::new(Kind::Interrupted, "what is cached could not be written out"));
             }
             if stuck {
-                match &mut w.nbd {
-                    Some(nbd) => nbd.given_up = true,
-                    None => w.lose_keeper(),
-                }
+                w.let_device_fail();
             }
             let harmed = w.mounts.iter().any(|m| m.target == target && m.read_only);
             w.mounts.retain(|m| m.target != target);
-            let alive = w.alive() && w.life() == Life::Served && !harmed;
-            if w.mounts.is_empty()
-                && alive
-                && let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut())
-            {
-                f.clean = true;
+            if w.mounts.is_empty() && w.alive() && w.life() == Life::Served && !harmed {
+                w.mark_clean();
             }
+            Ok(())
+        })
+    }
+
+    fn finish_unmount(&self, _: &Device) -> Result<()> {
+        if !self.world.borrow().is_unmounting() {
+            return Ok(());
+        }
+        self.change(|w| {
+            if w.is_stuck() {
+                if !w.force {
+                    return Err(Error::new(Kind::Interrupted, "the unmount is not over"));
+                }
+                w.let_device_fail();
+            } else {
+                w.mark_clean();
+            }
+            w.unmounting = false;
             Ok(())
         })
     }
@@ -895,7 +961,7 @@ impl Host for FakeHost {
     fn bind(&self, source: &Path, target: &TargetPath, read_only: bool) -> Result<()> {
         self.change(|w| {
             let path = target.as_path();
-            assert!(w.alive(), "bound on a dead device");
+            assert!(w.keeper && w.life() == Life::Served, "bound on a dead device");
             assert!(!w.mounts.iter().any(|m| m.target == path), "bound over a mount");
             let device = w.device.as_ref().map(|d| d.path.clone());
             let mut entry = if Some(source) == device.as_deref() {

@@ -1,5 +1,7 @@
 //! The real host, for one volume: catalog, keeper, loop device, filesystem tools, mounts.
 
+pub(super) mod unmount;
+
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
@@ -14,9 +16,8 @@ use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
     MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, companion,
-    device, loopdev, mounts, nbd, old_logs, programs, signature, users, utab,
+    device, loopdev, mounts, old_logs, signature, users, utab,
 };
-use crate::apart;
 use crate::atomic_file::{FolderLock, replace};
 use crate::background::Background;
 use crate::catalog::{
@@ -31,7 +32,7 @@ use crate::keeper::control::{self, State, Status};
 use crate::keeper::device::{RECORD, Record};
 use crate::keeper::log::{self, ReplayLog};
 use crate::keeper::path::LogState;
-use crate::keeper::process::{Identity, Process, boot_id};
+use crate::keeper::process::boot_id;
 use crate::keeper::{self, KeeperConfig, OWN_EXE, taken};
 use crate::password::{PasswordCheck, Secret};
 use crate::settings::{self, S3Settings, Settings, Sources};
@@ -51,8 +52,6 @@ const QUICK: Duration = Duration::from_secs(120);
 
 /// How long ZeroFS may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(120);
-/// How long an unmount may go on after its device has been failed.
-const UNMOUNT_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a killed keeper may take to be gone.
 const DYING: Duration = Duration::from_secs(20);
@@ -603,72 +602,6 @@ impl LinuxHost {
         self
     }
 
-    /// Unmounts, in a process of its own: what the filesystem writes at the very end waits for a storage that takes
-    /// nothing, out of reach of every signal.
-    fn unmount_now(&self, target: &Path, source: Option<&str>, dead: bool) -> Result<()> {
-        let unmount = || nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| errno as i32);
-        let limit = if dead { UNMOUNT_LIMIT } else { self.patience };
-        let mut apart = apart::start(&format!("unmount {}", target.display()), unmount)?;
-        let mut waits = |elapsed: Duration| {
-            (self.progress)("unmount it", elapsed.as_secs(), Some(limit.as_secs()));
-        };
-        if let Some(result) = apart.wait(limit, &mut waits)? {
-            return unmounted(result, target, dead);
-        }
-        if !dead && !self.force {
-            return Err(Error::new(
-                Kind::Interrupted,
-                format!(
-                    "{} is not unmounted within {} s: its storage does not take the last writes",
-                    target.display(),
-                    limit.as_secs()
-                ),
-            )
-            .hint("see why: zerofsctl list; nothing is lost, and the unmount ends by itself once the storage takes data: then run the same command again"));
-        }
-        if !dead {
-            self.fail_device(source)?;
-            if let Some(result) = apart.wait(UNMOUNT_LIMIT, &mut |_| {})? {
-                return unmounted(result, target, true);
-            }
-        }
-        Err(Error::new(
-            Kind::Interrupted,
-            format!(
-                "{} is not unmounted within {} s, although its device only gives errors",
-                target.display(),
-                UNMOUNT_LIMIT.as_secs()
-            ),
-        )
-        .hint("see what the kernel says: dmesg | tail; then run the same command again"))
-    }
-
-    /// Lets the device of a filesystem fail at once, by disconnecting it, or for FUSE by killing its keeper: the only way to
-    /// free an unmount from a storage that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
-    fn fail_device(&self, source: Option<&str>) -> Result<()> {
-        let Some(source) = source else { return Ok(()) };
-        if let Some(index) = nbd::sysfs::index_of(Path::new(source)) {
-            let Some(device) = nbd::sysfs::one(index)? else { return Ok(()) };
-            tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
-            *self.failed.borrow_mut() = true;
-            // The mount still holds it: it is free only after the unmount.
-            return match nbd::disconnect_and_wait(&device, Duration::from_secs(2)) {
-                Err(e) if e.kind() != Kind::Busy => Err(e),
-                _ => Ok(()),
-            };
-        }
-        let name = Path::new(source).file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let file = loopdev::backing(&name).doing("find the file behind", source)?;
-        let Some(folder) = file.strip_suffix("/fuse/disk") else { return Ok(()) };
-        let Some(keeper) = Identity::read(&Path::new(folder).join(keeper::PID_FILE)) else { return Ok(()) };
-        tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
-        if let Some(process) = Process::open(&keeper)? {
-            process.kill(Duration::from_secs(30))?;
-        }
-        *self.failed.borrow_mut() = true;
-        Ok(())
-    }
-
     fn nbd_device(&self, volume: &VolumeId) -> Result<Device> {
         device::nbd_device(&self.dirs.volume_run(volume), volume)?.ok_or_else(|| {
             Error::failed("the keeper connected an NBD device, but the kernel does not show it as ours")
@@ -707,39 +640,6 @@ impl LinuxHost {
             }
         }
         remove(std::fs::remove_dir(&folder), &folder)
-    }
-
-    /// Writes out what is cached of the filesystem at `target`, when this is its last mount. An unmount does that too,
-    /// but for a storage that takes no data it would wait without end, out of reach of every signal.
-    fn write_out(&self, target: &Path, table: &[MountEntry]) -> Result<()> {
-        let Some(source) = mounts::at(table, target).map(|m| m.source) else { return Ok(()) };
-        if table.iter().filter(|m| m.source == source).count() > 1 {
-            return Ok(());
-        }
-        // The device too: a filesystem that has nothing to write may leave it alone, and yet write when it is unmounted.
-        let begun = Instant::now();
-        for words in [&[OsStr::new("--file-system"), target.as_os_str()] as &[&OsStr], &[OsStr::new(&source)]]
-        {
-            let mut child = Program::Sync.spawn(words)?;
-            let left = self.patience.saturating_sub(begun.elapsed());
-            let ended = programs::wait(&mut child, Some(left), &mut |_| {
-                let elapsed = begun.elapsed();
-                (self.progress)("write out what is cached", elapsed.as_secs(), Some(self.patience.as_secs()));
-            });
-            // What could not be written is for the unmount to find out.
-            if let Ok(None) = ended {
-                return Err(Error::new(
-                    Kind::Interrupted,
-                    format!(
-                        "what is cached of {} could not be written out within {} s: its storage does not take it",
-                        target.display(),
-                        self.patience.as_secs()
-                    ),
-                )
-                .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"));
-            }
-        }
-        Ok(())
     }
 
     /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only
@@ -793,26 +693,6 @@ fn remove(result: std::io::Result<()>, path: &Path) -> Result<()> {
     match result {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).doing("remove", path),
         _ => Ok(()),
-    }
-}
-
-/// An unmount that has come to an end.
-fn unmounted(result: Result<(), i32>, target: &Path, dead: bool) -> Result<()> {
-    match result.map_err(nix::errno::Errno::from_raw) {
-        Ok(()) | Err(nix::errno::Errno::EINVAL) => Ok(()),
-        Err(nix::errno::Errno::EBUSY) if dead => {
-            nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
-                .doing("unmount", target)
-        }
-        Err(nix::errno::Errno::EBUSY) => {
-            let users = users::of_mount(target);
-            let by = if users.is_empty() { String::new() } else { format!(" by {}", users::list(&users)) };
-            Err(Error::new(Kind::Busy, format!("{} is in use{by}", target.display())).hint(format!(
-                "see who: fuser -vm {}; end them, then run the same command again",
-                target.display()
-            )))
-        }
-        Err(e) => Err(e).doing("unmount", target),
     }
 }
 
@@ -1464,28 +1344,11 @@ impl Host for LinuxHost {
     }
 
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
-        let mut dead = dead;
-        // While it is being unmounted, the table does not have it any more.
-        let table = mounts::table("self")?;
-        let source = mounts::at(&table, target).map(|m| m.source);
-        if !dead && let Err(e) = self.write_out(target, &table) {
-            if !self.force {
-                return Err(e);
-            }
-            self.fail_device(source.as_deref())?;
-            dead = true;
-        }
-        // Before the unmount: a kill in between then leaves nothing that nobody would look for.
-        let noted = utab::is_noted(target);
-        if noted {
-            utab::forget(target);
-        }
-        let result = self.unmount_now(target, source.as_deref(), dead);
-        let mounted = || mounts::table("self").is_ok_and(|table| mounts::at(&table, target).is_some());
-        if noted && result.is_err() && mounted() {
-            utab::note(target);
-        }
-        result
+        self.unmount_patiently(target, dead)
+    }
+
+    fn finish_unmount(&self, device: &Device) -> Result<()> {
+        self.wait_for_unmount(&device.path)
     }
 
     fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()> {

@@ -455,8 +455,12 @@ pub trait Host: Observe {
         options: &[String],
         read_only: bool,
     ) -> Result<()>;
-    /// Unmounts; `dead` detaches lazily when a process still holds a dead filesystem.
+    /// Unmounts; `dead` detaches lazily when a process still holds a dead filesystem. A storage that takes no data makes
+    /// it an error after a while, and by force the device is failed; the unmount may be under way then, and in no table.
     fn unmount(&self, target: &Path, dead: bool) -> Result<()>;
+    /// Waits for the end of an unmount of the device that an earlier command began, as [`unmount`](Self::unmount) does:
+    /// it may be an error, and by force the device is failed. Nothing to do where there is none.
+    fn finish_unmount(&self, device: &Device) -> Result<()>;
     /// Grows the mounted filesystem to the device's size.
     fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()>;
     /// Grows an unmounted ext4 to the device's size.

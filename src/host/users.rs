@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::sys::stat::makedev;
 
+use super::linux::unmount::under_way;
 use super::nbd::{claim, sysfs};
 use super::{User, loopdev, mounts};
 use crate::error::{Doing, Kind, Result};
@@ -24,6 +25,9 @@ pub fn of_device(device: &Path) -> Result<Vec<User>> {
         }
     }
     let mut users: Vec<User> = users.into_iter().map(|(pid, name)| User { pid, name }).collect();
+    if let Some(pid) = under_way(device) {
+        users.push(User { pid, name: "an unmount that waits for its storage".into() });
+    }
     let in_use = || match sysfs::index_of(device) {
         // Not by waiting: one that waits for a server is nobody's, and it may be our task to take it away.
         Some(index) => matches!(claim::device(index), Err(e) if e.kind() == Kind::Busy),
@@ -54,7 +58,7 @@ pub fn of_mount(target: &Path) -> Vec<User> {
         .collect()
 }
 
-fn pids() -> impl Iterator<Item = u32> {
+pub(super) fn pids() -> impl Iterator<Item = u32> {
     let own = std::process::id();
     std::fs::read_dir("/proc")
         .into_iter()

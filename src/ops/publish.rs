@@ -75,10 +75,13 @@ pub fn publish(engine: &Engine<'_>, run_dir: &Path, spec: &PublishSpec) -> Resul
         let plan = spec.plan();
         engine.settle(&mut journal, Some(&plan))?;
         let standing = journal.standing();
-        if standing.awaited.is_some()
-            || standing.connect.is_some()
-                && matches!(engine.host.keeper(volume).map_err(|e| e.on(volume))?, KeeperView::Dead { .. })
-        {
+        let is_dead = || {
+            Ok::<_, Error>(
+                matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. })
+                    || engine.host.device(volume)?.life == Life::Dead,
+            )
+        };
+        if standing.awaited.is_some() || standing.connect.is_some() && is_dead().map_err(|e| e.on(volume))? {
             // A place on a dead device is of no use: it is brought back first.
             super::recover::settle_all(engine, &mut journal, volume)?;
         }

@@ -151,6 +151,10 @@ impl Act for Connect {
     }
 
     fn undo(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Host) -> Result<()> {
+        if let Some(device) = host.device(volume)?.device {
+            // It is in no mount table while it goes on.
+            host.finish_unmount(&device)?;
+        }
         // Asked again right before: the journal's device may have become somebody else's.
         let view = host.device(volume)?;
         // A dead device only gives errors: nobody who holds it can lose anything more.

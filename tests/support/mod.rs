@@ -23,6 +23,7 @@ pub mod proxy;
 pub mod s3;
 pub mod sanity;
 pub mod script;
+pub mod stuck;
 pub mod vm;
 pub mod watch;
 pub mod zerofs;

@@ -1,0 +1,240 @@
+//! Unmounts that come to an end, whatever their storage does.
+//!
+//! What a filesystem writes at the very end waits for a storage that takes nothing, out of reach of every signal. So
+//! the system call is made in a process of its own, which is named after the device: a later command finds it by that
+//! name, waits for it, or by force ends what it waits for.
+
+use std::ffi::{CString, OsStr};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::mount::MntFlags;
+
+use super::LinuxHost;
+use crate::apart;
+use crate::error::{Doing, Error, Kind, Result};
+use crate::host::programs::{self, Program};
+use crate::host::{MountEntry, loopdev, mounts, nbd, users, utab};
+use crate::keeper;
+use crate::keeper::process::{Identity, Process};
+
+/// How long an unmount may go on after its device has been failed.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the kernel lets the name of a process be.
+const NAME_LIMIT: usize = 15;
+
+/// Waits at most that long, tells now and then for how long it has waited, and gives what came of it.
+type Wait<'a, T> = &'a mut dyn FnMut(Duration, &mut dyn FnMut(Duration)) -> Result<Option<T>>;
+
+impl LinuxHost {
+    /// See [`Host::unmount`](crate::host::Host::unmount).
+    pub(super) fn unmount_patiently(&self, target: &Path, dead: bool) -> Result<()> {
+        let begun = Instant::now();
+        let mut dead = dead;
+        // While it is being unmounted, the table does not have it any more.
+        let table = mounts::table("self")?;
+        let source = mounts::at(&table, target).map(|m| m.source);
+        if !dead && let Err(e) = self.write_out(target, &table) {
+            if !self.force {
+                return Err(e);
+            }
+            self.fail_device(source.as_deref())?;
+            dead = true;
+        }
+        // Before the unmount: a kill in between then leaves nothing that nobody would look for.
+        let noted = utab::is_noted(target);
+        if noted {
+            utab::forget(target);
+        }
+        // There is little left to write by now, but a second it may always have.
+        let left = self.patience.saturating_sub(begun.elapsed()).max(Duration::from_secs(1));
+        let result = self.unmount_now(target, source.as_deref(), left, dead);
+        let mounted = || mounts::table("self").is_ok_and(|table| mounts::at(&table, target).is_some());
+        if noted && result.is_err() && mounted() {
+            utab::note(target);
+        }
+        result
+    }
+
+    fn unmount_now(&self, target: &Path, source: Option<&str>, patience: Duration, dead: bool) -> Result<()> {
+        let name = source.and_then(|source| CString::new(process_name(Path::new(source))?).ok());
+        let unmount = || {
+            if let Some(name) = &name {
+                let _ = nix::sys::prctl::set_name(name);
+            }
+            nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| errno as i32)
+        };
+        let mut apart = apart::start(&format!("unmount {}", target.display()), unmount)?;
+        let (result, dead) =
+            self.to_its_end(target, source, patience, dead, &mut |limit, waits| apart.wait(limit, waits))?;
+        unmounted(result, target, dead)
+    }
+
+    /// See [`Host::finish_unmount`](crate::host::Host::finish_unmount).
+    pub(super) fn wait_for_unmount(&self, device: &Path) -> Result<()> {
+        if under_way(device).is_none() {
+            return Ok(());
+        }
+        let source = device.to_str();
+        let mut wait = |limit, waits: &mut dyn FnMut(Duration)| {
+            let begun = Instant::now();
+            while under_way(device).is_some() {
+                if begun.elapsed() >= limit {
+                    return Ok(None);
+                }
+                waits(begun.elapsed());
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Ok(Some(()))
+        };
+        self.to_its_end(device, source, self.patience, false, &mut wait).map(drop)
+    }
+
+    /// Waits for an unmount, and by force, when it takes too long, ends what it waits for. Gives what came of it, and
+    /// whether the device only gave errors by then.
+    fn to_its_end<T>(
+        &self,
+        what: &Path,
+        source: Option<&str>,
+        patience: Duration,
+        dead: bool,
+        wait: Wait<'_, T>,
+    ) -> Result<(T, bool)> {
+        let limit = if dead { UNMOUNT_LIMIT } else { patience };
+        let mut waits = |elapsed: Duration| {
+            (self.progress)("unmount it", elapsed.as_secs(), Some(limit.as_secs()));
+        };
+        if let Some(result) = wait(limit, &mut waits)? {
+            return Ok((result, dead));
+        }
+        if !dead && !self.force {
+            return Err(Error::new(
+                Kind::Interrupted,
+                format!(
+                    "{} is not unmounted within {} s: its storage does not take the last writes",
+                    what.display(),
+                    self.patience.as_secs()
+                ),
+            )
+            .hint("see why: zerofsctl list; nothing is lost, and the unmount ends by itself once the storage takes data: run the same command again then, or lose what is only cached: detach --force"));
+        }
+        if !dead {
+            self.fail_device(source)?;
+            if let Some(result) = wait(UNMOUNT_LIMIT, &mut |_| {})? {
+                return Ok((result, true));
+            }
+        }
+        Err(Error::new(
+            Kind::Interrupted,
+            format!(
+                "{} is not unmounted within {} s, although its device only gives errors",
+                what.display(),
+                UNMOUNT_LIMIT.as_secs()
+            ),
+        )
+        .hint("see what the kernel says: dmesg | tail; then run the same command again"))
+    }
+
+    /// Lets the device of a filesystem fail at once, by disconnecting it, or for FUSE by killing its keeper: the only way to
+    /// free an unmount from a storage that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
+    fn fail_device(&self, source: Option<&str>) -> Result<()> {
+        let Some(source) = source else { return Ok(()) };
+        if let Some(index) = nbd::sysfs::index_of(Path::new(source)) {
+            let Some(device) = nbd::sysfs::one(index)? else { return Ok(()) };
+            tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
+            *self.failed.borrow_mut() = true;
+            // The mount still holds it: it is free only after the unmount.
+            return match nbd::disconnect_and_wait(&device, Duration::from_secs(2)) {
+                Err(e) if e.kind() != Kind::Busy => Err(e),
+                _ => Ok(()),
+            };
+        }
+        let name = Path::new(source).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = loopdev::backing(&name).doing("find the file behind", source)?;
+        let Some(folder) = file.strip_suffix("/fuse/disk") else { return Ok(()) };
+        let Some(keeper) = Identity::read(&Path::new(folder).join(keeper::PID_FILE)) else { return Ok(()) };
+        tracing::warn!("{source} is failed by force: what was cached, but not acknowledged, is lost");
+        if let Some(process) = Process::open(&keeper)? {
+            process.kill(Duration::from_secs(30))?;
+        }
+        *self.failed.borrow_mut() = true;
+        Ok(())
+    }
+
+    /// Writes out what is cached of the filesystem at `target`, when this is its last mount. An unmount does that too,
+    /// but for a storage that takes no data it would wait without end, out of reach of every signal.
+    fn write_out(&self, target: &Path, table: &[MountEntry]) -> Result<()> {
+        let Some(source) = mounts::at(table, target).map(|m| m.source) else { return Ok(()) };
+        if table.iter().filter(|m| m.source == source).count() > 1 {
+            return Ok(());
+        }
+        // The device too: a filesystem that has nothing to write may leave it alone, and yet write when it is unmounted.
+        let begun = Instant::now();
+        for words in [&[OsStr::new("--file-system"), target.as_os_str()] as &[&OsStr], &[OsStr::new(&source)]]
+        {
+            let mut child = Program::Sync.spawn(words)?;
+            let left = self.patience.saturating_sub(begun.elapsed());
+            let ended = programs::wait(&mut child, Some(left), &mut |_| {
+                let elapsed = begun.elapsed();
+                (self.progress)("write out what is cached", elapsed.as_secs(), Some(self.patience.as_secs()));
+            });
+            // What could not be written is for the unmount to find out.
+            if let Ok(None) = ended {
+                return Err(Error::new(
+                    Kind::Interrupted,
+                    format!(
+                        "what is cached of {} could not be written out within {} s: its storage does not take it",
+                        target.display(),
+                        self.patience.as_secs()
+                    ),
+                )
+                .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An unmount that has come to an end.
+fn unmounted(result: Result<(), i32>, target: &Path, dead: bool) -> Result<()> {
+    match result.map_err(Errno::from_raw) {
+        Ok(()) | Err(Errno::EINVAL) => Ok(()),
+        Err(Errno::EBUSY) if dead => {
+            nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+                .doing("unmount", target)
+        }
+        Err(Errno::EBUSY) => {
+            let users = users::of_mount(target);
+            let by = if users.is_empty() { String::new() } else { format!(" by {}", users::list(&users)) };
+            Err(Error::new(Kind::Busy, format!("{} is in use{by}", target.display())).hint(format!(
+                "see who: fuser -vm {}; end them, then run the same command again",
+                target.display()
+            )))
+        }
+        Err(e) => Err(e).doing("unmount", target),
+    }
+}
+
+/// What the process is called that unmounts a device.
+fn process_name(device: &Path) -> Option<String> {
+    let name = format!("umount {}", device.file_name()?.to_str()?);
+    (name.len() <= NAME_LIMIT).then_some(name)
+}
+
+/// The process in which a command unmounts the device, while it goes on. It belongs to root and is no zombie: the
+/// command that began it may have been killed, and nobody may have collected it.
+pub(in crate::host) fn under_way(device: &Path) -> Option<u32> {
+    let wanted = process_name(device)?;
+    let is_it = |pid: u32| {
+        let process = Path::new("/proc").join(pid.to_string());
+        let stat = std::fs::read_to_string(process.join("stat")).ok()?;
+        let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+        let over = rest.starts_with(['Z', 'X']);
+        let root = std::fs::metadata(&process).ok()?.uid() == 0;
+        Some(name == wanted && !over && root)
+    };
+    users::pids().find(|pid| is_it(*pid) == Some(true))
+}

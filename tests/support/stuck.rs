@@ -1,0 +1,59 @@
+//! A storage that takes nothing, while a filesystem is unmounted.
+
+use std::fs;
+use std::path::Path;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::cli::{Answer, Node, assert_holds, pattern, write_durably};
+
+/// The filesystem has nothing left to write, and yet writes that it is clean when it is unmounted: the detach is
+/// given up, the next one finds what it left under way, and it ends by itself, or by force.
+pub fn an_unmount_without_storage(node: &Node, transport: &str) {
+    let target = node.target("m");
+    let attach =
+        || node.ok(&["attach", "vol1", "--target", &target, "--size", "64Mi", "--transport", transport]);
+    attach();
+    let (file, bytes) = (Path::new(&target).join("data"), pattern(4, 1 << 20));
+    write_durably(&file, &bytes);
+    // A sync that finds nothing to do.
+    let programs = node.dir.join("programs");
+    fs::create_dir(&programs).expect("a new folder");
+    std::os::unix::fs::symlink("/bin/true", programs.join("sync")).expect("a new link");
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("there is one"));
+    let detach = |words: &[&str]| {
+        let words = [&["detach", "vol1", "--stop-timeout", "3s"], words].concat();
+        Answer::of(node.command(&words).env("PATH", &path))
+    };
+    let stop = || {
+        let zerofs = Pid::from_raw(node.processes().1[0]);
+        kill(zerofs, Signal::SIGSTOP).expect("it runs");
+        zerofs
+    };
+    let zerofs = stop();
+    let refused = detach(&[]);
+    let again = detach(&[]);
+    kill(zerofs, Signal::SIGCONT).expect("it still runs");
+    refused.expect_error(130, &["is not unmounted within 3 s", "m"]);
+    again.expect_error(130, &["/dev/", "is not unmounted within 3 s"]);
+    // A command waits for an unmount that an earlier one began.
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("after an unmount in two goes");
+
+    for given_up in [false, true] {
+        attach();
+        assert_holds(&file, &bytes, "after an unmount in two goes");
+        stop();
+        if given_up {
+            detach(&[]).expect_code(130);
+        }
+        let forced = detach(&["--force"]).expect_code(0);
+        assert!(forced.stderr.contains("is failed by force"), "{given_up}: {forced:?}");
+        // What was acknowledged may wait in the replay log for the next attach.
+        node.dir.assert_unused();
+    }
+    attach();
+    assert_holds(&file, &bytes, "after an unmount by force");
+    node.ok(&["detach", "vol1"]);
+}
