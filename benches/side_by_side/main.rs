@@ -6,7 +6,8 @@
 //!
 //! The parts: `attach` (one volume, fresh and existing, beside the same by hand), `parallel` (many at once),
 //! `memory` (and start-up time), `transport` (the FUSE transport beside nbdfuse with a loop device), `csi` (the driver: calls,
-//! memory, many stages at once), `wire` (the guarded path of the NBD transport without a device), and only when asked for,
+//! memory, many stages at once), `wire` (the guarded path of the NBD transport without a device), `list` (`nbd list` of devices that are
+//! plain files), and only when asked for,
 //! since it needs the kernel's nbd module, `nbd` (`make bench-nbd`: the NBD transport beside nbd-client), or since it needs a MinIO,
 //! `gc` (`make bench-gc`: gc-s3 beside s5cmd).
 //! Whatever is compared runs in turns, so that a machine that becomes slower slows both. The result is
@@ -40,7 +41,7 @@ pub struct Scale {
     pub objects: usize,
 }
 
-const PARTS: [&str; 8] = ["attach", "parallel", "memory", "transport", "csi", "wire", "nbd", "gc"];
+const PARTS: [&str; 9] = ["attach", "parallel", "memory", "transport", "csi", "wire", "list", "nbd", "gc"];
 
 fn main() {
     let mut parts = Vec::new();
@@ -82,6 +83,9 @@ fn main() {
     }
     if wanted("wire") {
         nbd::wire(&scale);
+    }
+    if wanted("list") {
+        nbd::list_of_files(&scale);
     }
     if parts.iter().any(|part| part == "nbd") {
         nbd::compare(&scale);

@@ -181,6 +181,85 @@ fn list(scale: &Scale) {
     println!();
 }
 
+/// `nbd list` at the machine's own speed: what a kernel shows of 64 devices, made of plain files in a mount namespace of its
+/// own. A machine without the module has no slower way to tell it, and user-mode Linux pays tenfold for a system call.
+pub fn list_of_files(scale: &Scale) {
+    const DEVICES: usize = 64;
+    const VOLUMES: usize = 4;
+    const LEAKS: usize = 30;
+    say(format!("nbd list with {DEVICES} devices that are files"));
+    let dir = TestDir::new();
+    let zerofsctl = Zerofsctl::new(&dir.join("z"));
+    let volumes: Vec<String> = (0..VOLUMES).map(|n| format!("vol{n}")).collect();
+    for volume in &volumes {
+        let target = dir.join(volume).display().to_string();
+        let mut attach = Zerofsctl::attach_args(volume, &target, "64Mi").to_vec();
+        attach.extend(["--transport", "fuse"]);
+        zerofsctl.time(&attach);
+    }
+    let tree = tempfile::Builder::new().prefix("zc-").tempdir_in("/dev/shm").expect("a tmpfs at /dev/shm");
+    let put = |file: &str, text: &str| {
+        let file = tree.path().join(file);
+        fs::create_dir_all(file.parent().expect("it has one")).expect("a folder");
+        fs::write(file, text).expect("a file");
+    };
+    put("module/nbd/parameters/nbds_max", "64\n");
+    put("module/nbd/parameters/max_part", "16\n");
+    let mut partitions = fs::read_to_string("/proc/partitions").expect("the kernel has it");
+    for n in 0..DEVICES {
+        let at = format!("block/nbd{n}");
+        let backend = match n {
+            n if n < VOLUMES => Some(format!("zerofs:vol{n}\n")),
+            n if n < VOLUMES + LEAKS => Some(format!("zerofs:leak{n}\n")),
+            _ => None,
+        };
+        put(&format!("{at}/holders/none"), "");
+        fs::remove_file(tree.path().join(&at).join("holders/none")).expect("it is there");
+        put(&format!("{at}/size"), "131072\n");
+        put(&format!("{at}/pid"), &format!("{}\n", std::process::id()));
+        backend.into_iter().for_each(|text| put(&format!("{at}/backend"), &text));
+        partitions.push_str(&format!("  43 {:8} {:10} nbd{n}\n", n * 32, 65536));
+    }
+    put("partitions", &partitions);
+    let in_a_namespace = || {
+        use nix::mount::{MsFlags, mount};
+        let none = None::<&str>;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("root may");
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("root may");
+        for (from, to) in
+            [("block", "/sys/block"), ("module", "/sys/module"), ("partitions", "/proc/partitions")]
+        {
+            mount(Some(&tree.path().join(from)), to, none, MsFlags::MS_BIND, none).expect("root may");
+        }
+        let mut list = zerofsctl.command(&["nbd", "list", "-o", "json"]);
+        let listed = list.stdout(std::process::Stdio::piped()).output().expect("zerofsctl can be started");
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let of = |what: &str| listed.matches(&format!("\"volume\": \"{what}")).count();
+        assert_eq!((of("vol"), of("leak")), (VOLUMES, LEAKS), "{listed}");
+        assert_eq!(listed.matches("\"answers\": true").count(), VOLUMES, "{listed}");
+        let times_of = |words: &[&str]| (0..scale.rounds.max(30)).map(|_| zerofsctl.time(words)).collect();
+        (times_of(&["nbd", "list"]), times_of(&["--help"]))
+    };
+    let (times, help): (Vec<Duration>, Vec<Duration>) =
+        std::thread::scope(|scope| scope.spawn(in_a_namespace).join().expect("it has not panicked"));
+    for volume in &volumes {
+        zerofsctl.time(&["detach", volume]);
+    }
+    head(&["what", "measured"]);
+    row([
+        format!(
+            "`nbd list` with {DEVICES} devices that are files, {VOLUMES} of volumes with keepers and {LEAKS} of others; median of {}, ms",
+            times.len()
+        ),
+        against_most(median(&times).as_secs_f64() * 1000.0, 20.0),
+    ]);
+    row([
+        "`--help` beside it: the start of the program, ms".to_owned(),
+        format!("{:.3}", median(&help).as_secs_f64() * 1000.0),
+    ]);
+    println!();
+}
+
 /// Every way of every turn has a server of its own, with nothing in it: one that has been written to for an hour would be
 /// slower for whoever comes last, and its store larger than the machine's memory.
 fn on_one<S>(scale: &Scale, server: &str, zeros_when_closed: bool, serve: impl Fn(&Path) -> S) {
