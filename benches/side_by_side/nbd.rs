@@ -459,62 +459,126 @@ fn by_nbd_client(dir: &Path) -> u32 {
     index
 }
 
-/// The guarded path alone, without a device: this process plays the kernel on one socket, nbdkit is the server. It needs
-/// no module, and what is measured, the keeper's processor time, hardly depends on what else the machine does.
+/// A job of [`wire`].
+struct WireJob {
+    name: &'static str,
+    command: Command,
+    len: u32,
+    /// Requests in flight.
+    depth: usize,
+}
+
+/// The guarded path without a device, beside the same requests straight to the server: this process plays the kernel. So it
+/// also tells of machines without the module, at their own speed and with all of their processors.
 pub fn wire(scale: &Scale) {
+    on_wire(scale, "nbdkit memory", 30_000, false, Memory::serve);
+    on_wire(scale, "ZeroFS, local store", 1_500, true, |dir| {
+        let floor = Floor::new(dir, 1 << 30);
+        let server = floor.start_server();
+        floor.ensure_disk();
+        server
+    });
+}
+
+fn on_wire<S>(
+    scale: &Scale,
+    server: &str,
+    small: usize,
+    zeros_when_closed: bool,
+    serve: impl Fn(&Path) -> S,
+) {
     let dir = TestDir::new();
-    let server = Memory::serve(dir.path());
-    let data = data_path(dir.path(), false);
-    let mut kernel = sockets_of(&data, GUARDED_SOCKETS, false, &[]).expect("sockets can be made").remove(0);
+    let served = serve(dir.path());
+    let data = data_path(dir.path(), zeros_when_closed);
+    let guarded = sockets_of(&data, GUARDED_SOCKETS, false, &[]).expect("sockets can be made");
+    let straight = |n| (0..n).map(|_| direct_socket(dir.path(), "disk").expect("the server answers").0);
+    let mut ways: [Vec<UnixStream>; 3] = [straight(1).collect(), straight(CONNECTIONS).collect(), guarded];
+    let small_job = |name, command| WireJob { name, command, len: 4 << 10, depth: 32 };
+    let large_job = |name, command| WireJob { name, command, len: 1 << 20, depth: scale.depth };
+    // Fills what is read, and takes memory for all of the replay log: the first lap in it is slower.
+    play(&mut ways[2], &large_job("fill", Command::Write), 320);
     println!(
-        "### The guarded path without a device: a socket and nbdkit memory; median of {} turns each\n",
+        "### The guarded path without a device, {server}: requests per second, median of {} turns each\n",
         scale.rounds
     );
-    head(&["job", "the keeper's processor time per request, µs", "requests per second"]);
-    for (name, command, len, depth, count) in [
-        ("write 4k", Command::Write, 4 << 10, 32, 30_000),
-        ("read 4k", Command::Read, 4 << 10, 32, 30_000),
-        ("write 1m", Command::Write, 1 << 20, scale.depth, 1_000),
-        ("read 1m", Command::Read, 1 << 20, scale.depth, 1_000),
+    head(&[
+        "job",
+        "straight, 1 connection",
+        "straight, 4 connections",
+        "guarded",
+        "ratio",
+        "the keeper's processor time per request, µs",
+    ]);
+    for job in [
+        large_job("write 1m", Command::Write),
+        large_job("read 1m", Command::Read),
+        small_job("write 4k", Command::Write),
+        small_job("read 4k", Command::Read),
     ] {
-        let (mut cpu, mut rate) = (Vec::new(), Vec::new());
-        for _ in 0..scale.rounds {
-            let began = Instant::now();
-            let before = (used(UsageWho::RUSAGE_SELF), used(UsageWho::RUSAGE_THREAD));
-            play(&mut kernel, command, len, depth, count);
-            let all = used(UsageWho::RUSAGE_SELF) - before.0;
-            let own = used(UsageWho::RUSAGE_THREAD) - before.1;
-            cpu.push((all - own) / count as f64);
-            rate.push(count as f64 / began.elapsed().as_secs_f64());
+        let count = if job.len > 4 << 10 { small / 30 } else { small };
+        let (mut rate, mut cpu) = ([const { Vec::new() }; 3], Vec::new());
+        for turn in 0..scale.rounds {
+            for n in (0..3).map(|n| (n + turn) % 3) {
+                say(format!("{server}, {}, turn {} of {}", job.name, turn + 1, scale.rounds));
+                let all = used(UsageWho::RUSAGE_SELF);
+                let (began, players) = (Instant::now(), play(&mut ways[n], &job, count));
+                rate[n].push(count as f64 / began.elapsed().as_secs_f64());
+                if n == 2 {
+                    cpu.push((used(UsageWho::RUSAGE_SELF) - all - players) / count as f64);
+                }
+            }
         }
-        row([name.to_owned(), format!("{:.1}", median(&cpu)), format!("{:.0}", median(&rate))]);
+        let ratios: Vec<f64> = (0..scale.rounds).map(|n| rate[2][n] / rate[1][n]).collect();
+        row([job.name.to_owned()]
+            .into_iter()
+            .chain(rate.iter().map(|r| format!("{:.0}", median(r))))
+            .chain([against_least(median(&ratios), 0.9), format!("{:.1}", median(&cpu))]));
     }
     println!();
     data.close_nbd();
-    data.flush().expect("nbdkit answers");
+    data.flush().expect("the server answers");
     data.server_down();
-    drop(server);
+    drop(served);
 }
 
-/// So many requests, with up to `depth` in flight.
-fn play(kernel: &mut UnixStream, command: Command, len: u32, depth: usize, count: usize) {
-    let payload = vec![0x5a; len as usize];
-    let mut reply = vec![0; SimpleReply::LEN + len as usize];
-    if command == Command::Write {
+/// The kernel's part, on each of the sockets a share of it: so many requests, so many of them in flight. Each reply is
+/// read by itself. Gives the processor time that this took, in µs.
+fn play(sockets: &mut [UnixStream], job: &WireJob, count: usize) -> f64 {
+    let n = sockets.len();
+    let share = |socket: &mut UnixStream, at: usize| {
+        let before = used(UsageWho::RUSAGE_THREAD);
+        play_one(socket, job, at * count / n, (at + 1) * count / n, job.depth / n);
+        used(UsageWho::RUSAGE_THREAD) - before
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            sockets.iter_mut().enumerate().map(|(at, s)| scope.spawn(move || share(s, at))).collect();
+        threads.into_iter().map(|t| t.join().expect("it has not panicked")).sum()
+    })
+}
+
+fn play_one(kernel: &mut UnixStream, job: &WireJob, from: usize, to: usize, depth: usize) {
+    let payload = vec![0x5a; job.len as usize];
+    let mut reply = vec![0; SimpleReply::LEN + job.len as usize];
+    if job.command == Command::Write {
         reply.truncate(SimpleReply::LEN);
     }
-    let (mut sent, mut answered) = (0, 0);
-    while answered < count {
-        while sent < count && sent - answered < depth {
-            let offset = (sent as u64 * u64::from(len)) % (256 << 20);
+    let blocks = (256 << 20) / u64::from(job.len);
+    let (mut sent, mut answered) = (from, from);
+    while answered < to {
+        while sent < to && sent - answered < depth {
+            // Large ones one after the other, small ones anywhere, and none twice before all have been.
+            let step = if job.len > 4 << 10 { 1 } else { 25_253 };
+            let offset = (sent as u64 * step % blocks) * u64::from(job.len);
+            let (command, len) = (job.command, job.len);
             let header = RequestHeader { flags: 0, command, cookie: sent as u64, offset, len }.encode();
-            kernel.write_all(&header).expect("the keeper takes a request");
+            kernel.write_all(&header).expect("the server takes a request");
             if command == Command::Write {
-                kernel.write_all(&payload).expect("the keeper takes a request");
+                kernel.write_all(&payload).expect("the server takes a request");
             }
             sent += 1;
         }
-        kernel.read_exact(&mut reply).expect("the keeper answers");
+        kernel.read_exact(&mut reply).expect("the server answers");
         let header = reply.first_chunk().expect("a reply has a header");
         assert_eq!(SimpleReply::decode(header).map(|r| r.error).ok(), Some(0));
         answered += 1;
