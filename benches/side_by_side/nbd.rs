@@ -276,6 +276,7 @@ fn on_one<S>(scale: &Scale, server: &str, zeros_when_closed: bool, serve: impl F
             let attached = Attached::new(Way::ALL[n], dir, zeros_when_closed);
             fill(dir, &attached.device());
             for (i, job) in JOBS.iter().enumerate() {
+                rest();
                 let (iops, cpu) = measure(scale, dir, &attached.device(), job);
                 figures[n].iops[i].push(iops);
                 figures[n].cpu[i].push(cpu);
@@ -315,6 +316,25 @@ fn on_one<S>(scale: &Scale, server: &str, zeros_when_closed: bool, serve: impl F
         row([format!("{pattern} {size}"), of(1), of(3)]);
     }
     println!();
+}
+
+/// Waits until the machine is idle, a minute at most: a server goes on with what it took long after it answered, and
+/// whoever was fastest to fill it would be measured beside more of that.
+fn rest() {
+    let times = || -> Vec<u64> {
+        let stat = fs::read_to_string("/proc/stat").expect("the kernel has it");
+        let line = stat.lines().next().expect("a line of all processors");
+        line.split_whitespace().skip(1).map(|n| n.parse().expect("a number")).collect()
+    };
+    let idle = |t: &[u64]| (t[3] + t[4], t.iter().sum::<u64>());
+    let (began, mut quiet) = (Instant::now(), 0);
+    while quiet < 4 && began.elapsed() < Duration::from_secs(60) {
+        let before = idle(&times());
+        std::thread::sleep(Duration::from_millis(500));
+        let after = idle(&times());
+        let share = (after.0 - before.0) as f64 / (after.1 - before.1).max(1) as f64;
+        quiet = if share > 0.9 { quiet + 1 } else { 0 };
+    }
 }
 
 fn fill(dir: &Path, device: &Path) {
