@@ -8,14 +8,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
+use crate::file_lock::{self, Taken};
 use crate::plan::{Operation, Plan, Task};
 use crate::step::Step;
 use crate::step::{Direction, Facts};
@@ -450,38 +450,10 @@ pub fn volume_folder(run_dir: &Path, volume: &VolumeId) -> PathBuf {
     run_dir.join("volumes").join(volume.as_str())
 }
 
-/// The process that holds a volume's lock right now. Only a look: taking the lock, even for an instant, could fail
-/// the command that wants it.
+/// The process that holds a volume's lock right now, unless it was killed. Only a look: taking the lock, even for an
+/// instant, could fail the command that wants it.
 pub fn holder(run_dir: &Path, volume: &VolumeId) -> Option<i32> {
-    lock_holder(&lock_path(run_dir, volume))
-}
-
-/// The process that has a lock on this file.
-fn lock_holder(path: &Path) -> Option<i32> {
-    let meta = std::fs::metadata(path).ok()?;
-    let file = format!(
-        "{:02x}:{:02x}:{}",
-        nix::sys::stat::major(meta.dev()),
-        nix::sys::stat::minor(meta.dev()),
-        meta.ino()
-    );
-    // 3: FLOCK  ADVISORY  WRITE 4711 08:01:131090 0 EOF
-    // In reads as large as the kernel answers at once: between two, a lock that is given back elsewhere moves the others,
-    // and the one that is looked for may be left out.
-    let mut locks = vec![0; 1 << 16];
-    let (mut table, mut filled) = (File::open("/proc/locks").ok()?, 0);
-    loop {
-        match std::io::Read::read(&mut table, locks.get_mut(filled..)?).ok()? {
-            0 => break,
-            n => filled += n,
-        }
-    }
-    let locks = String::from_utf8_lossy(&locks[..filled]);
-    locks.lines().find_map(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        let (kind, pid) = (words.next()?, words.nth(2)?);
-        (kind == "FLOCK" && words.next()? == file).then(|| pid.parse().ok())?
-    })
+    file_lock::holder(&lock_path(run_dir, volume))
 }
 
 fn lock_path(run_dir: &Path, volume: &VolumeId) -> PathBuf {
@@ -675,34 +647,23 @@ impl Lock {
                 .hint(format!("wait for it, or see what it does: zerofsctl show {volume}"))
         };
         loop {
-            let file = open_lock(&path).doing("open the lock", &path)?;
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(std::fs::TryLockError::Error(e)) => return Err(e).doing("lock", &path),
-                Err(std::fs::TryLockError::WouldBlock) => {
-                    // Asked once: it may let go at any time, and nobody is no reason to give up.
-                    let held = holder(run_dir, volume);
-                    let watches = |pid| lock_holder(&run_dir.join(WATCH_LOCK)) == Some(pid);
-                    match held {
-                        Some(pid) if begun.elapsed() < WATCHER_PATIENCE && watches(pid) => {
-                            // It starts the next keeper, without which we could do nothing either.
-                            std::thread::sleep(Duration::from_millis(10));
-                        }
-                        Some(pid) if pid != own => return Err(busy(held)),
-                        _ if patience == 0 => return Err(busy(held)),
-                        _ => {
-                            patience -= 1;
-                            std::thread::sleep(Duration::from_millis(1));
-                        }
-                    }
-                    continue;
+            let held = match file_lock::try_take(&path).doing("lock", &path)? {
+                Taken::Ours(file) => return Ok(Lock { file, path }),
+                Taken::Held(held) => held,
+            };
+            let watches = |pid| file_lock::holder(&run_dir.join(WATCH_LOCK)) == Some(pid);
+            match held {
+                Some(pid) if begun.elapsed() < WATCHER_PATIENCE && watches(pid) => {
+                    // It starts the next keeper, without which we could do nothing either.
+                    std::thread::sleep(Duration::from_millis(10));
                 }
-            }
-            // The holder before us may have removed the file between our open and our lock.
-            let ours = file.metadata().doing("stat", &path)?.ino();
-            match std::fs::metadata(&path) {
-                Ok(now) if now.ino() == ours => return Ok(Lock { file, path }),
-                _ => continue,
+                Some(pid) if pid != own => return Err(busy(held)),
+                // Nobody is no reason to give up: whoever had it may just have let go of it.
+                _ if patience == 0 => return Err(busy(held)),
+                _ => {
+                    patience -= 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
             }
         }
     }
@@ -741,7 +702,7 @@ mod tests {
     fn a_command_waits_for_the_watcher_also_for_one_in_its_own_process() {
         let dir = tempfile::tempdir().unwrap();
         let volume: VolumeId = "vol1".parse().unwrap();
-        let watch = open_lock(&dir.path().join(WATCH_LOCK)).unwrap();
+        let watch = crate::atomic_file::open_lock(&dir.path().join(WATCH_LOCK)).unwrap();
         let held = Held::take(dir.path(), &volume).unwrap();
         // Anybody else in this process is no watcher, and that is soon said.
         assert_eq!(Held::take(dir.path(), &volume).unwrap_err().kind(), Kind::Busy);

@@ -85,4 +85,5 @@ pub mod values;
 pub mod error;
 pub mod atomic_file;
 pub mod background;
+pub mod file_lock;
 mod apart;

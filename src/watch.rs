@@ -16,8 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
+use crate::file_lock::{self, Taken};
 use crate::host::linux::{Dirs, LinuxHost};
 use crate::host::{Life, Observe, device};
 use crate::journal;
@@ -194,18 +194,13 @@ impl Watcher {
         let folder = run_dir.join("volumes");
         journal::private_folder(&folder)?;
         let path = run_dir.join(journal::WATCH_LOCK);
-        let lock = open_lock(&path).doing("open", &path)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(Error::new(
-                    Kind::Busy,
-                    format!("another watcher is at work on {}", run_dir.display()),
-                )
-                .hint("one is enough: see systemctl status zerofsctl-watch, or end that one first"));
-            }
-            Err(std::fs::TryLockError::Error(e)) => return Err(e).doing("lock", &path),
-        }
+        let Taken::Ours(lock) = file_lock::try_take(&path).doing("lock", &path)? else {
+            return Err(Error::new(
+                Kind::Busy,
+                format!("another watcher is at work on {}", run_dir.display()),
+            )
+            .hint("one is enough: see systemctl status zerofsctl-watch, or end that one first"));
+        };
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
             .doing("watch the folder", &folder)?;
         let flags = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;

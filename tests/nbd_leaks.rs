@@ -173,8 +173,8 @@ const DEATHS: [Death; 6] = [
 ];
 
 impl Death {
-    /// Waits until the attach is at this instant and has those who are to die, kills, and returns when the command has
-    /// ended too. Whether that was in the middle of the attach.
+    /// Waits until the attach is at this instant and has those who are to die, kills, and returns when a command that lives
+    /// on has ended too. Whether that was in the middle of the attach.
     fn strike(self, node: &Node, mut attach: Child, volume: &str, instant: Duration) -> bool {
         let mut ended = || attach.try_wait().expect("a child can be asked").is_some();
         std::thread::sleep(instant);
@@ -194,7 +194,12 @@ impl Death {
         } {
             met &= node.kill_of(volume, victim);
         }
-        attach.wait().expect("a child can be waited for");
+        if self.command {
+            // It may only be able to end when somebody brings its device back: that is what is typed next.
+            std::thread::spawn(move || attach.wait());
+        } else {
+            attach.wait().expect("a child can be waited for");
+        }
         met
     }
 }
@@ -264,6 +269,55 @@ fn nbd_a_command_whose_keeper_dies_starts_the_next_one_and_goes_on() {
     }
     println!("{finished} commands went on to their end");
     assert!(finished > 0);
+    alone.assert_back();
+    node.assert_nothing_left("at the end");
+}
+
+/// Whether a thread of the process stands in a wait that nothing can interrupt.
+fn has_a_waiting_thread(pid: u32) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.filter_map(|task| fs::read_to_string(task.path().join("stat")).ok()).any(|s| s.contains(") D "))
+}
+
+/// Killed together with its keeper, a command cannot end as long as it waits for its device; its lock would keep away
+/// whoever could bring the device back.
+#[test]
+fn nbd_a_killed_command_that_waits_for_its_device_keeps_nobody_away() {
+    require_nbd();
+    let alone = Baseline::take();
+    let (node, attach, file, bytes) = node_with_data();
+    let next: [&[String]; 3] =
+        [&attach, &["recover".into(), "vol1".into()], &["detach".into(), "vol1".into()]];
+    let mut met = 0;
+    for n in 0..next.len() * 20 {
+        if met == next.len() {
+            break;
+        }
+        let (mut command, keeper, server, _) = start_and_see_it_connected(&node, &attach);
+        kill(server, Signal::SIGSTOP).unwrap();
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(1) && !has_a_waiting_thread(command.id()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if has_a_waiting_thread(command.id()) {
+            // First: it would start the next keeper.
+            command.kill().unwrap();
+            kill(Pid::from_raw(keeper.pid), Signal::SIGKILL).unwrap();
+            kill(server, Signal::SIGKILL).unwrap();
+            wait_until("the keeper is gone", LONG, || !keeper.is_alive());
+            std::thread::sleep(Duration::from_millis(200));
+            assert!(command.try_wait().unwrap().is_none(), "round {n}: it ended, although it waited");
+            node.ok(next[met]);
+            met += 1;
+        } else {
+            kill(server, Signal::SIGCONT).unwrap();
+        }
+        wait_until(&format!("round {n}: the command ends"), LONG, || command.try_wait().unwrap().is_some());
+        node.ok(&attach);
+        assert_holds(&file, &bytes, &format!("round {n}"));
+        node.ok(&["detach", "vol1"]);
+    }
+    assert_eq!(met, next.len(), "a command was killed while it waited");
     alone.assert_back();
     node.assert_nothing_left("at the end");
 }

@@ -10,7 +10,9 @@ use crate::host::linux::Dirs;
 use crate::host::{Observe, StopOptions, device, loopdev};
 use crate::journal::{self, Journal, Standing, place};
 use crate::ops::{self, Scope};
+use crate::plan::Operation;
 use crate::report::{Report, counted};
+use crate::step::Step;
 use crate::values::{TargetPath, VolumeId};
 
 /// Unmount a volume, take its device away, and stop its ZeroFS
@@ -67,7 +69,18 @@ pub(super) fn resolve(what: &str, context: &Context, dirs: &Dirs) -> Result<(Vol
     }
     let target = TargetPath::new(Path::new(what), &context.cwd)?;
     for volume in journal::volumes(&dirs.run)? {
-        let standing = Standing::of(&Journal::peek(&dirs.run, &volume)?.unwrap_or_default());
+        let runs = Journal::peek(&dirs.run, &volume)?.unwrap_or_default();
+        // A detach that was given up may have taken the place away already: it is still the volume that is meant.
+        let is_given_up = |run: &journal::Run| {
+            run.end.is_none()
+                && run.plan.operation == Operation::Detach
+                && run.plan.tasks.iter().any(|t| place(&t.step) == Some(&target))
+                && run.plan.tasks.iter().any(|t| matches!(t.step, Step::Connect(_)))
+        };
+        if runs.last().is_some_and(is_given_up) {
+            return Ok((volume, Scope::Volume));
+        }
+        let standing = Standing::of(&runs);
         if standing.places.iter().any(|p| place(p) == Some(&target)) {
             return Ok((volume, Scope::Target(target)));
         }

@@ -1,14 +1,14 @@
 //! The driver's socket and its lock.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use crate::atomic_file::open_lock;
 use crate::error::{Doing, Error, Kind, Result};
+use crate::file_lock::{self, Taken};
 
 /// Reads `unix:///csi/csi.sock`, also `unix:/csi/csi.sock` and a bare path, as drivers are given it.
 pub fn endpoint(text: &str) -> Result<PathBuf> {
@@ -38,10 +38,9 @@ pub fn endpoint(text: &str) -> Result<PathBuf> {
 pub fn lock(state_dir: &Path) -> Result<File> {
     crate::journal::private_folder(state_dir)?;
     let path = state_dir.join("csi.lock");
-    let file = open_lock(&path).doing("open the lock", &path)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::new(
+    match file_lock::try_take(&path).doing("lock", &path)? {
+        Taken::Ours(file) => Ok(file),
+        Taken::Held(_) => Err(Error::new(
             Kind::Busy,
             format!("another driver runs with the state folder {}", state_dir.display()),
         )
@@ -49,7 +48,6 @@ pub fn lock(state_dir: &Path) -> Result<File> {
             "see which: fuser -v {}; or give this one another --state-dir and --run-dir",
             path.display()
         ))),
-        Err(TryLockError::Error(e)) => Err(e).doing("lock", &path),
     }
 }
 

@@ -489,6 +489,7 @@ impl Observe for FakeHost {
     fn signature(&self, _: &Path, _: Option<FsType>) -> Result<Signature> {
         let w = self.world.borrow();
         assert!(w.raised || w.log.is_empty(), "the device is looked at before the log is replayed");
+        assert!(!w.is_unmounting(), "the device is looked at while its filesystem writes its last");
         if !w.alive() || w.life() != Life::Served {
             return Err(Error::failed("cannot read the device"));
         }
@@ -817,9 +818,8 @@ impl Host for FakeHost {
 
     fn preen(&self, _: &Device, _: FsType) -> Result<Option<String>> {
         self.change(|w| {
-            if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
-                f.clean = true;
-            }
+            assert!(!w.is_unmounting(), "repaired while it is unmounted");
+            w.mark_clean();
             Ok(None)
         })
     }
@@ -919,7 +919,7 @@ impl Host for FakeHost {
 
     fn grow_unmounted(&self, device: &Device) -> Result<()> {
         self.change(|w| {
-            assert!(w.mounts.is_empty(), "grown as if it were unmounted");
+            assert!(w.mounts.is_empty() && !w.is_unmounting(), "grown as if it were unmounted");
             if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
                 f.size = device.size;
             }

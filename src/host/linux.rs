@@ -1,6 +1,6 @@
 //! The real host, for one volume: catalog, keeper, loop device, filesystem tools, mounts.
 
-pub(super) mod unmount;
+mod unmount;
 
 use std::cell::RefCell;
 use std::ffi::OsStr;

@@ -8,32 +8,25 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::sys::stat::makedev;
 
-use super::linux::unmount::under_way;
 use super::nbd::{claim, sysfs};
 use super::{User, loopdev, mounts};
 use crate::error::{Doing, Kind, Result};
+use crate::file_lock::is_dying;
 
 /// Who holds the device besides the mounts of this namespace: openers, mounts in other mount namespaces,
 /// devices built on it. The kernel itself is asked last, by an exclusive open, and has the last word.
 pub fn of_device(device: &Path) -> Result<Vec<User>> {
     let rdev = std::fs::metadata(device).doing("stat", device)?.rdev();
     let mut users = BTreeMap::new();
-    for pid in pids() {
+    // Whoever was killed does nothing with it any more, and may only be able to end when the device is gone.
+    for pid in pids().filter(|pid| !is_dying(*pid as i32)) {
         let opened = open_files(pid, |file| block_number(file) == Some(rdev));
         if opened || mounted_in_namespace_of(pid, device) {
             users.insert(pid, name(pid));
         }
     }
     let mut users: Vec<User> = users.into_iter().map(|(pid, name)| User { pid, name }).collect();
-    if let Some(pid) = under_way(device) {
-        users.push(User { pid, name: "an unmount that waits for its storage".into() });
-    }
-    let in_use = || match sysfs::index_of(device) {
-        // Not by waiting: one that waits for a server is nobody's, and it may be our task to take it away.
-        Some(index) => matches!(claim::device(index), Err(e) if e.kind() == Kind::Busy),
-        None => matches!(loopdev::open_exclusively(device), Err(Errno::EBUSY)),
-    };
-    if users.is_empty() && in_use() {
+    if users.is_empty() && is_taken(device) {
         users.push(User {
             pid: 0,
             name: "the kernel: another mount namespace, a device built on it, or an unmount that is not over"
@@ -41,6 +34,15 @@ pub fn of_device(device: &Path) -> Result<Vec<User>> {
         });
     }
     Ok(users)
+}
+
+/// Whether the kernel refuses an exclusive open: a mount, a holder, a swap, or a filesystem that is still being unmounted.
+pub(super) fn is_taken(device: &Path) -> bool {
+    match sysfs::index_of(device) {
+        // Not by waiting: one that waits for a server is nobody's, and it may be our task to take it away.
+        Some(index) => matches!(claim::device(index), Err(e) if e.kind() == Kind::Busy),
+        None => matches!(loopdev::open_exclusively(device), Err(Errno::EBUSY)),
+    }
 }
 
 /// Which processes keep a mount busy: a file, working folder or root on it.

@@ -151,7 +151,10 @@ impl Act for Connect {
     }
 
     fn undo(&self, volume: &VolumeId, _: &mut Facts, host: &dyn Host) -> Result<()> {
-        if let Some(device) = host.device(volume)?.device {
+        let view = host.device(volume)?;
+        if let Some(device) = view.device
+            && view.life != Life::Dead
+        {
             // It is in no mount table while it goes on.
             host.finish_unmount(&device)?;
         }

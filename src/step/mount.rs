@@ -93,9 +93,7 @@ impl Act for Mount {
             Error::failed("no filesystem is known on the device")
                 .hint(format!("run: zerofsctl fsck {volume}"))
         })?;
-        let device = facts.device()?;
-        host.finish_unmount(device)?;
-        host.mount(device, fs, &self.target, &self.options, self.read_only)
+        host.mount(facts.device()?, fs, &self.target, &self.options, self.read_only)
     }
 
     fn is_undone(&self, volume: &VolumeId, facts: &mut Facts, host: &dyn Observe) -> Result<bool> {

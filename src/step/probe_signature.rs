@@ -42,6 +42,8 @@ impl Act for ProbeSignature {
     }
 
     fn apply(&self, _: &VolumeId, facts: &mut Facts, host: &dyn Host) -> Result<()> {
+        // What an earlier command began to unmount may still be written to, and is in no mount table.
+        host.finish_unmount(facts.device()?)?;
         let recorded = facts.fs.filter(|_| facts.content == Some(Content::Formatted));
         let signature = host.signature(&facts.device()?.path, recorded)?;
         facts.signature = Some(signature);

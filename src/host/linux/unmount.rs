@@ -5,7 +5,6 @@
 //! name, waits for it, or by force ends what it waits for.
 
 use std::ffi::{CString, OsStr};
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -75,13 +74,21 @@ impl LinuxHost {
 
     /// See [`Host::finish_unmount`](crate::host::Host::finish_unmount).
     pub(super) fn wait_for_unmount(&self, device: &Path) -> Result<()> {
-        if under_way(device).is_none() {
+        // A name is no proof, and by force the device is failed: the kernel must say that it is taken, and nobody else may
+        // have it.
+        if !users::is_taken(device) {
+            return Ok(());
+        }
+        let Some(pid) = under_way(device) else { return Ok(()) };
+        let source = device.to_string_lossy();
+        let mounted = mounts::table("self")?.iter().any(|m| m.source == source);
+        if mounted || users::of_device(device)?.iter().any(|user| user.pid != 0) {
             return Ok(());
         }
         let source = device.to_str();
         let mut wait = |limit, waits: &mut dyn FnMut(Duration)| {
             let begun = Instant::now();
-            while under_way(device).is_some() {
+            while is_unmounting(pid, device) {
                 if begun.elapsed() >= limit {
                     return Ok(None);
                 }
@@ -224,17 +231,20 @@ fn process_name(device: &Path) -> Option<String> {
     (name.len() <= NAME_LIMIT).then_some(name)
 }
 
-/// The process in which a command unmounts the device, while it goes on. It belongs to root and is no zombie: the
-/// command that began it may have been killed, and nobody may have collected it.
-pub(in crate::host) fn under_way(device: &Path) -> Option<u32> {
-    let wanted = process_name(device)?;
-    let is_it = |pid: u32| {
-        let process = Path::new("/proc").join(pid.to_string());
-        let stat = std::fs::read_to_string(process.join("stat")).ok()?;
-        let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
-        let over = rest.starts_with(['Z', 'X']);
-        let root = std::fs::metadata(&process).ok()?.uid() == 0;
-        Some(name == wanted && !over && root)
+/// What looks like the process in which a command unmounts the device. A zombie is none: the command that began it may have
+/// been killed, and nobody may have collected it.
+fn under_way(device: &Path) -> Option<u32> {
+    users::pids().find(|pid| is_unmounting(*pid, device))
+}
+
+fn is_unmounting(pid: u32, device: &Path) -> bool {
+    let is_it = || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+        let over = field("State:")?.starts_with(['Z', 'X']);
+        // Real, effective and all the others: no program of another user's that is root for a while.
+        let root = field("Uid:")?.split_whitespace().all(|id| id == "0");
+        Some(field("Name:")? == process_name(device)? && root && !over)
     };
-    users::pids().find(|pid| is_it(*pid) == Some(true))
+    is_it() == Some(true)
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::major;
 use serde::Serialize;
 
+use crate::file_lock::is_dying;
 use crate::host::User;
 use crate::host::mounts::DeviceLine;
 use crate::host::users::block_number;
@@ -155,6 +156,10 @@ impl Processes {
             for entry in entries.flatten() {
                 let Some(dev) = block_number(&entry.path()) else { continue };
                 here.extend(devices.iter().position(|numbers| numbers.contains(&dev)));
+            }
+            // Whoever was killed does nothing with it any more, and may only be able to end when the device is gone.
+            if here.is_empty() || is_dying(*pid as i32) {
+                continue;
             }
             for at in here {
                 found[at].push(User { pid: *pid, name: self.name(*pid) });
