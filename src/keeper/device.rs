@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use super::control::{ConnectOptions, NbdPath, NbdStatus, State};
+use super::nbd::DISCONNECTED;
 use super::path::{DataPath, OwedReply};
 use super::process::{Exit, boot_id, write_json};
 use super::service::{Shared, stopping_error};
@@ -634,9 +635,12 @@ impl Shared {
         if self.data.nbd_sockets() > 0 || record.path != NbdPath::Guarded {
             return;
         }
-        if record.device(&self.backend()).ok().flatten().is_none() {
-            error!("/dev/nbd{index} was disconnected by somebody else: {why}");
-            return self.device_failed("it was disconnected by somebody else");
+        // It says so only when it was told to, by whomever. One that is still in use is shown until its last user lets go, and
+        // older kernels would take new sockets for it.
+        let told = why == DISCONNECTED;
+        if told || record.device(&self.backend()).ok().flatten().is_none() {
+            error!("/dev/nbd{index} was disconnected, and not by its keeper: {why}");
+            return self.device_failed("it was disconnected, and not by its keeper");
         }
         drop(mounting);
         self.mend_device(index, why);

@@ -565,7 +565,7 @@ impl FrontReader {
                 _ => None,
             };
             let op = match (command, refused) {
-                (Some(Command::Disc), _) => return Err("the kernel has disconnected".into()),
+                (Some(Command::Disc), _) => return Err(DISCONNECTED.into()),
                 (Some(Command::Write), _) if len > 0 => {
                     let left = u64::from(len);
                     let joint = (refused.is_none() && left > limit).then(|| {
@@ -600,6 +600,9 @@ fn received(n: nix::Result<usize>) -> Result<Option<usize>, String> {
         Err(e) => Err(format!("cannot receive from the kernel: {e}")),
     }
 }
+
+/// Why a socket has ended when the kernel was told to disconnect the device, by whomever.
+pub(super) const DISCONNECTED: &str = "the kernel has disconnected";
 
 /// What answers a request.
 fn answer(front: &Arc<Front>, cookie: u64, cost: u64) -> Completion {
