@@ -3,6 +3,9 @@
 //! A killed process lets go of everything, unless one of its threads waits in the kernel for a block device: then it
 //! cannot end before the device answers, and its lock would keep away whoever could bring the device back. Such a process
 //! does nothing any more, so its lock file is taken out of its way.
+//!
+//! Files are taken away, and locks are confirmed, under a lock of their folder: whoever got the lock of a file in the
+//! instant in which that was taken away sees so.
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read};
@@ -34,26 +37,39 @@ pub enum Taken {
 
 /// Tries to take the lock at `path`, making the file if need be. It waits for nothing but a holder that has been killed.
 pub fn try_take(path: &Path) -> io::Result<Taken> {
-    let mut dying = None;
+    let mut dying: Option<(i32, Instant)> = None;
     loop {
         let file = open_lock(path)?;
         match file.try_lock() {
-            // The holder before us may have removed the file between our open and our lock.
-            Ok(()) if is_at(&file, path)? => return Ok(Taken::Ours(file)),
-            Ok(()) => continue,
+            Ok(()) => {
+                let _folder = lock_folder(path)?;
+                // The holder before us may have removed the file between our open and our lock.
+                if is_at(&file, path)? {
+                    return Ok(Taken::Ours(file));
+                }
+                continue;
+            }
             Err(TryLockError::Error(e)) => return Err(e),
             Err(TryLockError::WouldBlock) => {}
         }
-        match whoever_holds(path) {
-            Some(pid) if is_dying(pid) => {
-                let since = *dying.get_or_insert_with(Instant::now);
-                if since.elapsed() >= DYING {
-                    take_away(&file, path, pid)?;
-                } else {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-            }
-            held => return Ok(Taken::Held(held)),
+        let held = whoever_holds(path);
+        let Some(pid) = held.filter(|pid| is_dying(*pid)) else { return Ok(Taken::Held(held)) };
+        let since = dying.filter(|(of, _)| *of == pid).map_or_else(Instant::now, |(_, since)| since);
+        dying = Some((pid, since));
+        if since.elapsed() < DYING {
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        }
+        match take_away(&file, path, pid) {
+            Ok(Loss::Lost) => tracing::warn!(
+                "process {pid} was killed and cannot end before its device answers: {} was taken from it",
+                path.display()
+            ),
+            Ok(Loss::Over) => {}
+            Ok(Loss::Kept) => return Ok(Taken::Held(held)),
+            // Somebody else stands still while taking one away.
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => return Ok(Taken::Held(held)),
+            Err(e) => return Err(e),
         }
     }
 }
@@ -67,34 +83,62 @@ pub fn holder(path: &Path) -> Option<i32> {
 /// Whether the process has been killed and does nothing any more, whether or not it has ended: each of its threads is
 /// gone, or on its way out, or will be as soon as the kernel lets go of it.
 pub fn is_dying(pid: i32) -> bool {
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
-    let mut seen = false;
-    for task in tasks {
-        // In doubt it lives.
-        let Ok(task) = task else { return false };
-        match is_thread_dying(&task.path()) {
-            Some(false) => return false,
-            Some(true) => seen = true,
-            // It has ended.
-            None => {}
-        }
-    }
-    seen
+    every_thread(pid, |_, state| state.is_over || state.is_killed)
 }
 
-/// None when there is no such thread any more.
-fn is_thread_dying(task: &Path) -> Option<bool> {
-    let status = std::fs::read_to_string(task.join("status")).ok()?;
-    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
-    let killed =
-        |name| field(name).and_then(|m| u64::from_str_radix(m, 16).ok()).is_some_and(|m| m & KILLED != 0);
-    if field("State:")?.starts_with(['Z', 'X']) || killed("SigPnd:") || killed("ShdPnd:") {
-        return Some(true);
+/// What the kernel says of a thread.
+struct ThreadState {
+    /// Gone, or on its way out.
+    is_over: bool,
+    /// It never gets back from where it is in the kernel, but to its end.
+    is_killed: bool,
+}
+
+impl ThreadState {
+    /// None when there is no such thread any more.
+    fn of(thread: &Path) -> Option<ThreadState> {
+        let status = std::fs::read_to_string(thread.join("status")).ok()?;
+        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+        let pending = |name| u64::from_str_radix(field(name)?, 16).ok();
+        let stat = std::fs::read_to_string(thread.join("stat")).ok()?;
+        // After the name: state, ppid, pgrp, session, tty, its group, flags.
+        let flags: u64 = stat.rsplit_once(") ")?.1.split(' ').nth(6)?.parse().ok()?;
+        Some(ThreadState {
+            is_over: field("State:")?.starts_with(['Z', 'X']) || flags & PF_EXITING != 0,
+            is_killed: (pending("SigPnd:")? | pending("ShdPnd:")?) & KILLED != 0,
+        })
     }
-    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
-    // After the name: state, ppid, pgrp, session, tty, its group, flags.
-    let flags = stat.rsplit_once(") ")?.1.split(' ').nth(6)?.parse::<u64>().ok()?;
-    Some(flags & PF_EXITING != 0)
+}
+
+/// In doubt, as when one has just ended or become another, it is not so of every thread.
+fn every_thread(pid: i32, is_so: impl Fn(&Path, &ThreadState) -> bool) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let mut seen = 0;
+    let all = threads.into_iter().all(|thread| {
+        seen += 1;
+        thread.is_ok_and(|t| ThreadState::of(&t.path()).is_some_and(|state| is_so(&t.path(), &state)))
+    });
+    all && seen > 0
+}
+
+/// Whether the system call that a killed thread waits in changes nothing that anybody else could see, however late it
+/// comes to its end.
+fn is_harmless(thread: &Path) -> bool {
+    const HARMLESS: [libc::c_long; 6] = [
+        libc::SYS_read,
+        libc::SYS_pread64,
+        libc::SYS_openat,
+        libc::SYS_fsync,
+        libc::SYS_fdatasync,
+        libc::SYS_close,
+    ];
+    match std::fs::read_to_string(thread.join("syscall")) {
+        Ok(call) => {
+            call.split(' ').next().and_then(|n| n.parse().ok()).is_some_and(|n| HARMLESS.contains(&n))
+        }
+        // Not every architecture tells.
+        Err(e) => e.kind() == io::ErrorKind::NotFound && thread.exists(),
+    }
 }
 
 fn is_at(file: &File, path: &Path) -> io::Result<bool> {
@@ -102,18 +146,34 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     Ok(std::fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (ours.dev(), ours.ino())))
 }
 
-/// Removes the lock file of a process that cannot end; the next attempt makes another one.
-fn take_away(file: &File, path: &Path, pid: i32) -> io::Result<()> {
+fn lock_folder(path: &Path) -> io::Result<FolderLock> {
+    FolderLock::take(path.parent().unwrap_or(Path::new("/")), Duration::from_secs(10))
+}
+
+/// What came of it that a killed process was to lose its lock.
+enum Loss {
+    /// Its file is gone: the next attempt makes another one.
+    Lost,
+    /// It is not as it was any more.
+    Over,
+    /// It waits in something that may yet change what its lock was for.
+    Kept,
+}
+
+fn take_away(file: &File, path: &Path, pid: i32) -> io::Result<Loss> {
     // One at a time, or a second one would remove what the first has made and locked.
-    let _alone = FolderLock::take(path.parent().unwrap_or(Path::new("/")), Duration::from_secs(10))?;
-    if is_at(file, path)? && whoever_holds(path) == Some(pid) && is_dying(pid) {
-        tracing::warn!(
-            "process {pid} was killed and cannot end before its device answers: {} is taken from it",
-            path.display()
-        );
-        std::fs::remove_file(path)?;
+    let _alone = lock_folder(path)?;
+    if !is_at(file, path)? || whoever_holds(path) != Some(pid) || !is_dying(pid) {
+        return Ok(Loss::Over);
     }
-    Ok(())
+    if !every_thread(pid, |thread, state| state.is_over || state.is_killed && is_harmless(thread)) {
+        return Ok(Loss::Kept);
+    }
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(Loss::Lost),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Loss::Over),
+        Err(e) => Err(e),
+    }
 }
 
 fn whoever_holds(path: &Path) -> Option<i32> {

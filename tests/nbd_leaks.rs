@@ -7,6 +7,7 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -273,10 +274,16 @@ fn nbd_a_command_whose_keeper_dies_starts_the_next_one_and_goes_on() {
     node.assert_nothing_left("at the end");
 }
 
-/// Whether a thread of the process stands in a wait that nothing can interrupt.
+/// Whether a thread of the process stands in a wait that nothing can interrupt, and stays there.
 fn has_a_waiting_thread(pid: u32) -> bool {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    tasks.filter_map(|task| fs::read_to_string(task.path().join("stat")).ok()).any(|s| s.contains(") D "))
+    let waiting = || -> BTreeSet<PathBuf> {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let waits = |t: &PathBuf| fs::read_to_string(t.join("stat")).is_ok_and(|s| s.contains(") D "));
+        threads.map(|t| t.path()).filter(waits).collect()
+    };
+    let before = waiting();
+    std::thread::sleep(Duration::from_millis(100));
+    before.intersection(&waiting()).next().is_some()
 }
 
 /// Killed together with its keeper, a command cannot end as long as it waits for its device; its lock would keep away

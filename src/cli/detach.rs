@@ -68,9 +68,11 @@ pub(super) fn resolve(what: &str, context: &Context, dirs: &Dirs) -> Result<(Vol
         return Ok((what.parse()?, Scope::Volume));
     }
     let target = TargetPath::new(Path::new(what), &context.cwd)?;
+    let mut given_up = None;
     for volume in journal::volumes(&dirs.run)? {
         let runs = Journal::peek(&dirs.run, &volume)?.unwrap_or_default();
-        // A detach that was given up may have taken the place away already: it is still the volume that is meant.
+        // A detach that was given up may have taken the place away already: it is still the volume that is meant, unless
+        // another one is there by now.
         let is_given_up = |run: &journal::Run| {
             run.end.is_none()
                 && run.plan.operation == Operation::Detach
@@ -78,7 +80,8 @@ pub(super) fn resolve(what: &str, context: &Context, dirs: &Dirs) -> Result<(Vol
                 && run.plan.tasks.iter().any(|t| matches!(t.step, Step::Connect(_)))
         };
         if runs.last().is_some_and(is_given_up) {
-            return Ok((volume, Scope::Volume));
+            given_up.get_or_insert((volume, Scope::Volume));
+            continue;
         }
         let standing = Standing::of(&runs);
         if standing.places.iter().any(|p| place(p) == Some(&target)) {
@@ -93,8 +96,10 @@ pub(super) fn resolve(what: &str, context: &Context, dirs: &Dirs) -> Result<(Vol
             return Ok((volume, Scope::Volume));
         }
     }
-    Err(Error::new(Kind::NotFound, format!("nothing of ours is at {target}"))
-        .hint("see what is attached: zerofsctl list"))
+    given_up.ok_or_else(|| {
+        Error::new(Kind::NotFound, format!("nothing of ours is at {target}"))
+            .hint("see what is attached: zerofsctl list")
+    })
 }
 
 fn one(

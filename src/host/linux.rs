@@ -25,6 +25,7 @@ use crate::catalog::{
     VolumeRecord, Written,
 };
 use crate::error::{Doing, Error, Kind, Result};
+use crate::file_lock::is_dying;
 use crate::host::{CheckResult, Device};
 use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
@@ -897,7 +898,20 @@ impl Observe for LinuxHost {
     }
 
     fn device_users(&self, device: &Path) -> Result<Vec<User>> {
-        users::of_device(device)
+        let begun = Instant::now();
+        loop {
+            let users = users::of_device(device)?;
+            // Whoever was killed may still have to write out what it wrote: it ends when that is done, or the device is gone.
+            if users.is_empty() || !users.iter().all(|user| is_dying(user.pid as i32)) {
+                return Ok(users);
+            }
+            if begun.elapsed() >= self.patience {
+                return Ok(if self.force { vec![] } else { users });
+            }
+            let left = Some(self.patience.as_secs());
+            (self.progress)("wait for the end of who was killed", begun.elapsed().as_secs(), left);
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     fn can_grow_mounted(&self, fs: FsType) -> Result<()> {

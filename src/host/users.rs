@@ -11,15 +11,13 @@ use nix::sys::stat::makedev;
 use super::nbd::{claim, sysfs};
 use super::{User, loopdev, mounts};
 use crate::error::{Doing, Kind, Result};
-use crate::file_lock::is_dying;
 
 /// Who holds the device besides the mounts of this namespace: openers, mounts in other mount namespaces,
 /// devices built on it. The kernel itself is asked last, by an exclusive open, and has the last word.
 pub fn of_device(device: &Path) -> Result<Vec<User>> {
     let rdev = std::fs::metadata(device).doing("stat", device)?.rdev();
     let mut users = BTreeMap::new();
-    // Whoever was killed does nothing with it any more, and may only be able to end when the device is gone.
-    for pid in pids().filter(|pid| !is_dying(*pid as i32)) {
+    for pid in pids() {
         let opened = open_files(pid, |file| block_number(file) == Some(rdev));
         if opened || mounted_in_namespace_of(pid, device) {
             users.insert(pid, name(pid));

@@ -68,23 +68,18 @@ impl LinuxHost {
         };
         let mut apart = apart::start(&format!("unmount {}", target.display()), unmount)?;
         let (result, dead) =
-            self.to_its_end(target, source, patience, dead, &mut |limit, waits| apart.wait(limit, waits))?;
+            self.to_its_end(target, source, patience, dead, &|| Ok(()), &mut |limit, waits| {
+                apart.wait(limit, waits)
+            })?;
         unmounted(result, target, dead)
     }
 
     /// See [`Host::finish_unmount`](crate::host::Host::finish_unmount).
     pub(super) fn wait_for_unmount(&self, device: &Path) -> Result<()> {
-        // A name is no proof, and by force the device is failed: the kernel must say that it is taken, and nobody else may
-        // have it.
         if !users::is_taken(device) {
             return Ok(());
         }
         let Some(pid) = under_way(device) else { return Ok(()) };
-        let source = device.to_string_lossy();
-        let mounted = mounts::table("self")?.iter().any(|m| m.source == source);
-        if mounted || users::of_device(device)?.iter().any(|user| user.pid != 0) {
-            return Ok(());
-        }
         let source = device.to_str();
         let mut wait = |limit, waits: &mut dyn FnMut(Duration)| {
             let begun = Instant::now();
@@ -97,7 +92,21 @@ impl LinuxHost {
             }
             Ok(Some(()))
         };
-        self.to_its_end(device, source, self.patience, false, &mut wait).map(drop)
+        // A name is no proof, and by force the device is failed: nobody else may have it.
+        let may_fail = || {
+            let mounted = mounts::table("self")?.into_iter().find(|m| Some(&*m.source) == source);
+            let users: Vec<_> = users::of_device(device)?.into_iter().filter(|u| u.pid != 0).collect();
+            let by = match mounted {
+                Some(mount) => format!("mounted at {}", mount.target.display()),
+                None if !users.is_empty() => format!("in use by {}", users::list(&users)),
+                None => return Ok(()),
+            };
+            Err(Error::new(Kind::Busy, format!("{} is {by}", device.display())).hint(format!(
+                "end who uses it, then run the same command again: fuser -vm {}",
+                device.display()
+            )))
+        };
+        self.to_its_end(device, source, self.patience, false, &may_fail, &mut wait).map(drop)
     }
 
     /// Waits for an unmount, and by force, when it takes too long, ends what it waits for. Gives what came of it, and
@@ -108,6 +117,7 @@ impl LinuxHost {
         source: Option<&str>,
         patience: Duration,
         dead: bool,
+        may_fail: &dyn Fn() -> Result<()>,
         wait: Wait<'_, T>,
     ) -> Result<(T, bool)> {
         let limit = if dead { UNMOUNT_LIMIT } else { patience };
@@ -129,6 +139,7 @@ impl LinuxHost {
             .hint("see why: zerofsctl list; nothing is lost, and the unmount ends by itself once the storage takes data: run the same command again then, or lose what is only cached: detach --force"));
         }
         if !dead {
+            may_fail()?;
             self.fail_device(source)?;
             if let Some(result) = wait(UNMOUNT_LIMIT, &mut |_| {})? {
                 return Ok((result, true));
