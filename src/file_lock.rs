@@ -42,7 +42,10 @@ pub fn try_take(path: &Path) -> io::Result<Taken> {
         let file = open_lock(path)?;
         match file.try_lock() {
             Ok(()) => {
-                let _folder = lock_folder(path)?;
+                let _folder = match lock_folder(path) {
+                    Err(e) if e.kind() == io::ErrorKind::TimedOut => return Ok(Taken::Held(None)),
+                    other => other?,
+                };
                 // The holder before us may have removed the file between our open and our lock.
                 if is_at(&file, path)? {
                     return Ok(Taken::Ours(file));
@@ -67,7 +70,7 @@ pub fn try_take(path: &Path) -> io::Result<Taken> {
             ),
             Ok(Loss::Over) => {}
             Ok(Loss::Kept) => return Ok(Taken::Held(held)),
-            // Somebody else stands still while taking one away.
+            // Somebody stands still while doing the same.
             Err(e) if e.kind() == io::ErrorKind::TimedOut => return Ok(Taken::Held(held)),
             Err(e) => return Err(e),
         }
