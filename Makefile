@@ -108,7 +108,7 @@ bench-gc: ## gc-s3 beside s5cmd on a real MinIO, and far from a store that is ne
 ROUNDS ?= 1000
 bench-rounds: ## 1,000 rounds of attach and detach on kernel NBD, half of them killed half-way: needs root
 	@scripts/setup test vm
-	ZEROFSCTL_ROUNDS=$(ROUNDS) ZEROFSCTL_VM_TIMEOUT=14400 scripts/vm-test uml nbd_rounds
+	ZEROFSCTL_ROUNDS=$(ROUNDS) ZEROFSCTL_VM_MEMORY=8G ZEROFSCTL_VM_TIMEOUT=14400 scripts/vm-test uml nbd_rounds
 
 install: ## The program, its man pages and completions below PREFIX (/usr/local)
 	$(CARGO) build --locked --release --bin zerofsctl
