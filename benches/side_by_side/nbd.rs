@@ -19,7 +19,7 @@ use zerofsctl::keeper::path::DataPath;
 use zerofsctl::zerofs::nbd::{Command, RequestHeader, SimpleReply, TransmissionFlags};
 
 use crate::command::Zerofsctl;
-use crate::floor::{Floor, run};
+use crate::floor::{Floor, Server, run};
 use crate::support::dir::TestDir;
 use crate::support::fio::FioJob;
 use crate::support::vm::{disconnect, free_index, require_nbd};
@@ -60,12 +60,7 @@ struct Figures {
 pub fn compare(scale: &Scale) {
     require_nbd();
     on_one(scale, "nbdkit memory", false, Memory::serve);
-    on_one(scale, "ZeroFS, local store", true, |dir| {
-        let floor = Floor::new(dir, 1 << 30);
-        let server = floor.start_server();
-        floor.ensure_disk();
-        server
-    });
+    on_one(scale, "ZeroFS, local store", true, zerofs_with_a_disk);
     queues(scale);
     list(scale);
 }
@@ -166,17 +161,19 @@ fn list(scale: &Scale) {
     for volume in &volumes {
         zerofsctl.time(&["detach", volume]);
     }
+    let what = format!("{DEVICES} devices, {VOLUMES} of volumes in use and {LEAKS} leaked");
+    tell_of_list(&what, &times, &help);
+}
+
+fn tell_of_list(what: &str, times: &[Duration], help: &[Duration]) {
     head(&["what", "measured"]);
     row([
-        format!(
-            "`nbd list` with {DEVICES} devices, {VOLUMES} of volumes in use and {LEAKS} leaked; median of {}, ms",
-            times.len()
-        ),
-        against_most(median(&times).as_secs_f64() * 1000.0, 20.0),
+        format!("`nbd list` with {what}; median of {}, ms", times.len()),
+        against_most(median(times).as_secs_f64() * 1000.0, 20.0),
     ]);
     row([
         "`--help` beside it: the start of the program, ms".to_owned(),
-        format!("{:.3}", median(&help).as_secs_f64() * 1000.0),
+        format!("{:.3}", median(help).as_secs_f64() * 1000.0),
     ]);
     println!();
 }
@@ -213,8 +210,7 @@ pub fn list_of_files(scale: &Scale) {
             n if n < VOLUMES + LEAKS => Some(format!("zerofs:leak{n}\n")),
             _ => None,
         };
-        put(&format!("{at}/holders/none"), "");
-        fs::remove_file(tree.path().join(&at).join("holders/none")).expect("it is there");
+        fs::create_dir_all(tree.path().join(&at).join("holders")).expect("a folder");
         put(&format!("{at}/size"), "131072\n");
         put(&format!("{at}/pid"), &format!("{}\n", std::process::id()));
         backend.into_iter().for_each(|text| put(&format!("{at}/backend"), &text));
@@ -245,19 +241,9 @@ pub fn list_of_files(scale: &Scale) {
     for volume in &volumes {
         zerofsctl.time(&["detach", volume]);
     }
-    head(&["what", "measured"]);
-    row([
-        format!(
-            "`nbd list` with {DEVICES} devices that are files, {VOLUMES} of volumes with keepers and {LEAKS} of others; median of {}, ms",
-            times.len()
-        ),
-        against_most(median(&times).as_secs_f64() * 1000.0, 20.0),
-    ]);
-    row([
-        "`--help` beside it: the start of the program, ms".to_owned(),
-        format!("{:.3}", median(&help).as_secs_f64() * 1000.0),
-    ]);
-    println!();
+    let what =
+        format!("{DEVICES} devices that are files, {VOLUMES} of volumes with keepers and {LEAKS} of others");
+    tell_of_list(&what, &times, &help);
 }
 
 /// Every way of every turn has a server of its own, with nothing in it: one that has been written to for an hour would be
@@ -492,12 +478,14 @@ struct WireJob {
 /// also tells of machines without the module, at their own speed and with all of their processors.
 pub fn wire(scale: &Scale) {
     on_wire(scale, "nbdkit memory", 30_000, false, Memory::serve);
-    on_wire(scale, "ZeroFS, local store", 1_500, true, |dir| {
-        let floor = Floor::new(dir, 1 << 30);
-        let server = floor.start_server();
-        floor.ensure_disk();
-        server
-    });
+    on_wire(scale, "ZeroFS, local store", 1_500, true, zerofs_with_a_disk);
+}
+
+fn zerofs_with_a_disk(dir: &Path) -> Server {
+    let floor = Floor::new(dir, 1 << 30);
+    let server = floor.start_server();
+    floor.ensure_disk();
+    server
 }
 
 fn on_wire<S>(
