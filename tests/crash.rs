@@ -731,6 +731,28 @@ fn a_place_on_a_failed_device_of_the_direct_path_brings_it_back_first() {
     m.assert_data("for the pod");
 }
 
+/// A pod that goes does not wait for another one that still holds files on the failed device.
+#[test]
+fn a_pod_leaves_a_failed_device_that_another_one_still_holds() {
+    let m = Machine::new(DIRECT);
+    m.attach("/a").unwrap();
+    m.publish("/pod").unwrap();
+    m.publish("/other").unwrap();
+    m.host.write(1);
+    m.host.kill_zerofs();
+    m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+    for _ in 0..2 {
+        assert_eq!(m.recover().unwrap_err().kind(), Kind::Busy);
+        m.unpublish("/pod").unwrap();
+    }
+    m.host.set_users(vec![]);
+    m.recover().unwrap();
+    m.assert_data("once nobody holds it");
+    assert_eq!(m.host.mounted_at(), ["/a", "/other"]);
+    m.detach().unwrap();
+    m.assert_empty("after detach");
+}
+
 /// The kernel has taken the mount out of its table, and still waits for the storage.
 #[test]
 fn an_unmount_that_was_given_up_is_waited_for_and_ends_by_force() {

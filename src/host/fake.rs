@@ -777,6 +777,10 @@ impl Host for FakeHost {
             assert!(!w.mounts.iter().any(ours), "a mounted device is disconnected");
             assert!(!dead || w.life() == Life::Dead, "a live device is taken down as if it were dead");
             assert!(!w.is_unmounting(), "a device is disconnected while its filesystem writes its last");
+            if w.nbd.is_some() && !w.users.is_empty() {
+                // The kernel lets go of it only after them.
+                return Err(Error::new(Kind::Busy, "somebody still holds the failed device"));
+            }
             w.unmounting = false;
             w.device = None;
             w.nbd = None;

@@ -1,6 +1,7 @@
 //! publish and unpublish: what is staged at one place of the node appears at others, as pods need it.
 
 use super::*;
+use crate::journal::End;
 use crate::step::{Bind, GrantGroup};
 
 /// Where a staged volume shall appear, and how. Every value is checked.
@@ -112,7 +113,13 @@ pub fn unpublish(
         if journal.open_run().is_some() {
             revive(engine, volume)?;
         }
-        engine.settle(&mut journal, None)?;
+        let clears = journal.open_run().is_some_and(|run| run.plan.operation == Operation::Clear);
+        match engine.settle(&mut journal, None) {
+            // Whoever else holds the failed device holds up its end, and not those that leave: each later command that
+            // needs the device begins anew with it.
+            Err(e) if clears && e.kind() == Kind::Busy => journal.end(End::Abandoned)?,
+            settled => drop(settled?),
+        }
         let standing = journal.standing();
         // One that is awaited would come back otherwise.
         let bind = standing.all_places().find(|p| matches!(p, Step::Bind(b) if b.target == *target));
