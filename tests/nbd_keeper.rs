@@ -497,14 +497,30 @@ fn deaf(bench: Bench) {
     server.kill();
 }
 
-/// Data that nobody looks at goes through a pipe: reads of all lengths, several in flight, taken in fits and starts, and
+/// The data of large reads goes through a pipe: reads of all lengths, several in flight, taken in fits and starts, and
 /// the server killed in the middle of replies.
 #[test]
 fn large_reads_are_whole_also_when_the_server_dies_in_the_middle_of_one() {
-    let bench = Bench::with(false);
+    large_reads(false);
+}
+
+/// The same of a server that gives zeros once its database is closed, which it is for a while before each kill: also with
+/// data that cannot be told from such zeros, or only by a closer look.
+#[test]
+fn large_reads_are_whole_also_when_the_database_is_closed_in_the_middle_of_one() {
+    large_reads(true);
+}
+
+fn large_reads(zeros_when_closed: bool) {
+    let bench = Bench::with(zeros_when_closed);
     let mut rng = StdRng::seed_from_u64(11);
     let mut truth = vec![0; SIZE];
     rng.fill(&mut truth[..]);
+    // Zeros that are true: at the start of a chunk, around an edge, some chunks; and a chunk that has one other byte.
+    for (at, len) in [(MIB, 4096), (2 * MIB - 5000, 10_000), (3 * MIB, 300 << 10), (5 * MIB, 32 << 10)] {
+        truth[at..at + len].fill(0);
+    }
+    truth[5 * MIB + 20_000] = 7;
     {
         let mut disk = bench.disk.lock().unwrap();
         disk.volatile.copy_from_slice(&truth);
@@ -539,13 +555,20 @@ fn large_reads_are_whole_also_when_the_server_dies_in_the_middle_of_one() {
             }
             if kill {
                 std::thread::sleep(Duration::from_micros(rng.random_range(0..10_000)));
+                if zeros_when_closed {
+                    let mut disk = bench.disk.lock().unwrap();
+                    (disk.closed, disk.cached) = (true, rng.random_range(0..20));
+                    drop(disk);
+                    std::thread::sleep(Duration::from_micros(rng.random_range(0..10_000)));
+                }
                 server.take().expect("there is one").kill();
                 bench.told(|e| matches!(e, DataEvent::ServerLost(_)));
                 server = Some(bench.server());
             }
         });
     }
-    assert_eq!(bench.path.stats().errors, 0);
+    let stats = bench.path.stats();
+    assert_eq!((stats.errors, stats.zero_reads_checked > 0), (0, zeros_when_closed));
     server.expect("there is one").kill();
 }
 

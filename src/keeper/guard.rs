@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::chunks::{Samples, has_zero_chunk};
 use super::log::{Kind, Payload, ReplayLog};
 use crate::zerofs::nbd::{Command, RequestHeader, TransmissionFlags};
 
@@ -36,11 +37,6 @@ pub type Now = Duration;
 
 /// A connection, by a number that is never used again.
 pub type ConnId = u32;
-
-/// The smallest unit that a closed ZeroFS fills with zeros, in bytes: the chunk of its builds with small ones. A database
-/// that closes in the middle of a read leaves the chunks before it whole, so with a larger unit here the zeros
-/// behind them would pass for data. The chunks of other builds are multiples of it.
-pub const CHUNK: u64 = 32 << 10;
 
 /// Requests in flight per connection.
 const DEPTH: usize = 32;
@@ -625,12 +621,14 @@ impl<T> Guard<T> {
         })
     }
 
-    /// Who waits for the data of this reply, if that may be delivered without a look at it: a read of a server whose
-    /// zeros are always true, which nobody has answered yet.
-    pub fn unseen(&self, conn: ConnId, cookie: u64) -> Option<&T> {
+    /// Who waits for the data of this reply, if nobody has been answered yet and it may be delivered without being looked at
+    /// as a whole: a read, of a server whose zeros are always true, or of which each chunk shows that it is not zeros.
+    /// Such a reply is told with an empty payload.
+    pub(super) fn unseen(&self, conn: ConnId, cookie: u64) -> Option<(&T, Option<Samples>)> {
         let Who::Op(i) = self.request(conn, cookie)?.who else { return None };
-        let op = self.ops[i].as_ref()?;
-        (op.kind == OpKind::Read && !self.settings.zeros_when_closed).then_some(op.token.as_ref()?)
+        let op = self.ops[i].as_ref().filter(|op| op.kind == OpKind::Read)?;
+        let samples = self.settings.zeros_when_closed.then(|| Samples::new(op.offset));
+        Some((op.token.as_ref()?, samples))
     }
 
     /// A reply of the server. When it gives a token, `payload` is the answer to that operation, now.
@@ -1469,19 +1467,6 @@ fn is_answer(errno: i32) -> bool {
     matches!(errno, libc::EPERM | libc::EINVAL | libc::ENOSPC | libc::EOVERFLOW | libc::ENOTSUP)
 }
 
-/// Whether some chunk's part of a reply that starts at `offset` is entirely zero.
-fn has_zero_chunk(offset: u64, data: &[u8]) -> bool {
-    let first = (CHUNK - offset % CHUNK).min(data.len() as u64) as usize;
-    let (head, rest) = data.split_at(first);
-    (!head.is_empty() && is_zero(head)) || rest.chunks(CHUNK as usize).any(is_zero)
-}
-
-fn is_zero(data: &[u8]) -> bool {
-    // Data is rarely zero at the start, so the cheap look comes first.
-    let (start, rest) = data.split_at(data.len().min(64));
-    start.iter().all(|b| *b == 0) && rest.chunks(4096).all(|c| c.iter().fold(0, |a, b| a | b) == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -1522,20 +1507,5 @@ mod tests {
         // Nothing new since it was asked again: the device really holds zeros.
         guard.probed(again + at(9), 2, Some(true), Some(at(15)), &mut out);
         assert_eq!(out, [Action::Done { token: 7, result: Ok(vec![0; 4096]) }]);
-    }
-
-    #[test]
-    fn zero_chunks_are_found_in_any_part_of_a_reply() {
-        let mut data = vec![1; 3 * CHUNK as usize];
-        assert!(!has_zero_chunk(0, &data));
-        assert!(!has_zero_chunk(5, &[]));
-        data[CHUNK as usize..2 * CHUNK as usize].fill(0);
-        assert!(has_zero_chunk(0, &data));
-        assert!(!has_zero_chunk(1, &data), "the zeros are no whole chunk's part");
-        assert!(has_zero_chunk(CHUNK - 100, &[&[0u8; 100][..], &[1; 100]].concat()));
-        assert!(has_zero_chunk(CHUNK - 100, &[&[1u8; 100][..], &[0; 100]].concat()));
-        assert!(!has_zero_chunk(CHUNK - 100, &[&[0u8; 99][..], &[1; 101]].concat()));
-        // A database with chunks of 32 KiB that closed in the middle of a read.
-        assert!(has_zero_chunk(0, &[vec![1; 32 << 10], vec![0; 224 << 10]].concat()));
     }
 }

@@ -8,6 +8,7 @@
 //! ends by itself, nothing of it is left but its logs and, after a forced stop, the replay log.
 
 mod causes;
+mod chunks;
 pub mod client;
 pub mod control;
 pub mod device;

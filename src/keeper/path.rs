@@ -26,6 +26,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, sendmsg, setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
+use super::chunks::Samples;
 use super::fuse;
 use super::guard::{Action, ConnId, Guard, Now, Replay, Settings, Target};
 pub use super::guard::{Op, Stats};
@@ -48,12 +49,18 @@ const RECEIVE: usize = 128 << 10;
 const STACK: usize = 256 << 10;
 /// Requests that go into one system call.
 const BATCH: usize = 32;
+/// Why a connection is lost that has ended.
+const CLOSED: &str = "the server closed the connection";
 /// After that long without I/O the memory that it needed is given back to the system.
 const QUIET: Duration = Duration::from_secs(1);
 /// Data of which at least so much is still to come stays in the kernel, if nobody has to look at it.
 const PIPED: usize = 64 << 10;
 /// What is received at once while such data may come.
 const AHEAD: usize = 4 << 10;
+/// How much of a chunk is looked at before the rest may pass.
+const SAMPLE: usize = 256;
+/// How many chunks of such data are taken before another connection has its turn.
+const TURNS: usize = 8;
 /// Data that is read at once for an earlier keeper's requests, in bytes.
 const OWED_DATA: u64 = 4 << 20;
 /// The event number of the wake-up call.
@@ -1186,6 +1193,17 @@ struct Piped {
     cookie: u64,
     /// Bytes that are still to come.
     left: usize,
+    /// What has been seen of them, if they must be looked at.
+    samples: Option<Samples>,
+}
+
+/// What came of taking data into the pipe.
+enum Filled {
+    Some,
+    Whole,
+    Nothing,
+    /// The pipe takes no more, or what comes next must be looked at.
+    Unfit,
 }
 
 impl Receiver {
@@ -1341,7 +1359,7 @@ impl Receiver {
         let room = &mut buffer.bytes[buffer.filled..end];
         match nix::sys::socket::recv(conn.stream.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
             Ok(0) => {
-                shared.lost(conn.id, "the server closed the connection");
+                shared.lost(conn.id, CLOSED);
                 return None;
             }
             Ok(n) => buffer.filled += n,
@@ -1379,10 +1397,13 @@ impl Receiver {
                 if payload.end > buffer.filled {
                     need = SimpleReply::LEN + len;
                     let left = payload.end - buffer.filled;
+                    let here = &buffer.bytes[at + SimpleReply::LEN..buffer.filled];
                     if left >= PIPED
-                        && guard.unseen(conn.id, reply.cookie).is_some_and(Completion::takes_a_pipe)
+                        && let Some((token, mut samples)) = guard.unseen(conn.id, reply.cookie)
+                        && token.takes_a_pipe()
+                        && samples.as_mut().is_none_or(|s| s.see_and_pass(here))
                     {
-                        piped = Some(Piped { cookie: reply.cookie, left });
+                        piped = Some(Piped { cookie: reply.cookie, left, samples });
                     }
                     break;
                 }
@@ -1423,34 +1444,74 @@ impl Receiver {
         buffer: &mut Buffer,
         deadline: Option<Now>,
     ) -> Option<Option<Now>> {
-        let (Some(piped), Some(pipe)) = (&mut buffer.piped, &mut buffer.pipe) else { return None };
-        match pipe.fill(&conn.stream, piped.left) {
-            Ok(0) => {
-                shared.lost(conn.id, "the server closed the connection");
-                return None;
-            }
-            Ok(n) => piped.left -= n,
-            Err(nix::Error::EINTR) => return Some(deadline),
-            // It is no false alarm: the pipe is full. From here on the data comes here after all.
-            Err(nix::Error::EAGAIN) => {
-                buffer.piped = None;
-                buffer.bytes.truncate(buffer.filled);
-                if let Err(e) = pipe.read_to(&mut buffer.bytes) {
-                    shared.lost(conn.id, &format!("cannot read from a pipe: {e}"));
+        for turn in 0..TURNS {
+            match Self::fill_pipe(conn, buffer, turn == 0) {
+                Ok(Filled::Some) => {}
+                Ok(Filled::Whole) => return Self::piped(shared, conn, buffer),
+                Ok(Filled::Nothing) => break,
+                // From here on the data comes here after all.
+                Ok(Filled::Unfit) => {
+                    buffer.piped = None;
+                    buffer.bytes.truncate(buffer.filled);
+                    if let Some(pipe) = &mut buffer.pipe
+                        && let Err(e) = pipe.read_to(&mut buffer.bytes)
+                    {
+                        shared.lost(conn.id, &format!("cannot read from a pipe: {e}"));
+                        return None;
+                    }
+                    buffer.filled = buffer.bytes.len();
+                    buffer.bytes.resize(buffer.need.max(2 * RECEIVE), 0);
+                    break;
+                }
+                Err(why) => {
+                    shared.lost(conn.id, &why);
                     return None;
                 }
-                buffer.filled = buffer.bytes.len();
-                buffer.bytes.resize(buffer.need.max(2 * RECEIVE), 0);
-                return Some(deadline);
-            }
-            Err(e) => {
-                shared.lost(conn.id, &format!("cannot receive from the server: {e}"));
-                return None;
             }
         }
-        if piped.left > 0 {
-            return Some(deadline);
+        Some(deadline)
+    }
+
+    /// Takes a part of the data; `sure` says that there is some, or the end of the connection.
+    fn fill_pipe(conn: &Conn, buffer: &mut Buffer, mut sure: bool) -> Result<Filled, String> {
+        let (Some(piped), Some(pipe)) = (&mut buffer.piped, &mut buffer.pipe) else {
+            return Ok(Filled::Nothing);
+        };
+        let mut most = piped.left;
+        if let Some(samples) = &mut piped.samples {
+            if samples.may_pass() == 0 {
+                let mut sample = [0; SAMPLE];
+                let len = SAMPLE.min(samples.left_in_chunk() as usize).min(piped.left);
+                let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+                match nix::sys::socket::recv(conn.stream.as_raw_fd(), &mut sample[..len], flags) {
+                    Ok(0) => return Err(CLOSED.into()),
+                    Ok(n) if samples.see(&sample[..n]) => sure = true,
+                    Ok(_) => return Ok(Filled::Unfit),
+                    Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Nothing),
+                    Err(e) => return Err(format!("cannot receive from the server: {e}")),
+                }
+            }
+            most = most.min(samples.may_pass() as usize);
         }
+        match pipe.fill(&conn.stream, most) {
+            Ok(0) => return Err(CLOSED.into()),
+            Ok(n) => {
+                piped.left -= n;
+                if let Some(samples) = &mut piped.samples {
+                    samples.pass(n as u64);
+                }
+            }
+            // The pipe is full.
+            Err(nix::Error::EAGAIN) if sure => return Ok(Filled::Unfit),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Nothing),
+            Err(e) => return Err(format!("cannot receive from the server: {e}")),
+        }
+        Ok(if piped.left > 0 { Filled::Some } else { Filled::Whole })
+    }
+
+    /// All of it is in the pipe.
+    fn piped(shared: &Shared, conn: &Conn, buffer: &mut Buffer) -> Option<Option<Now>> {
+        let (Some(piped), Some(pipe)) = (&mut buffer.piped, &mut buffer.pipe) else { return None };
         let mut out = Vec::new();
         let (token, deadline) = {
             let mut state = shared.state();

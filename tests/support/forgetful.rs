@@ -14,6 +14,9 @@ use zerofsctl::error::Result;
 use zerofsctl::keeper::path::Prober;
 use zerofsctl::zerofs::nbd::{Command, RequestHeader, SimpleReply};
 
+/// A closed database gives a chunk as a whole or zeros in its place.
+const CHUNK: usize = 32 << 10;
+
 /// What it serves; it outlives the server.
 #[derive(Default)]
 pub struct Disk {
@@ -25,6 +28,8 @@ pub struct Disk {
     pub open_streams: Vec<UnixStream>,
     /// Reads give zeros, the rest EIO; flush says OK.
     pub closed: bool,
+    /// How many chunks of 32 KiB such a read still has, at its beginning.
+    pub cached: usize,
     /// Flush says OK and does nothing, and admits it.
     pub lies: bool,
     pub admitted: Option<Instant>,
@@ -142,7 +147,11 @@ fn serve(
         let mut out = Vec::new();
         if error == 0 {
             match request.command {
-                Command::Read if disk.closed => out = vec![0; request.len as usize],
+                Command::Read if disk.closed => {
+                    let zeros_from = (range.start / CHUNK + disk.cached) * CHUNK;
+                    out = disk.volatile[range.clone()].to_vec();
+                    out[zeros_from.saturating_sub(range.start).min(range.len())..].fill(0);
+                }
                 Command::Read => out = disk.volatile[range].to_vec(),
                 Command::Write => disk.volatile[range].copy_from_slice(&data),
                 Command::Trim | Command::WriteZeroes => disk.volatile[range].fill(0),
