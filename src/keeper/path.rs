@@ -1201,7 +1201,8 @@ struct Piped {
 enum Filled {
     Some,
     Whole,
-    Nothing,
+    /// Nothing more is there now.
+    Drained,
     /// The pipe takes no more, or what comes next must be looked at.
     Unfit,
 }
@@ -1448,7 +1449,7 @@ impl Receiver {
             match Self::fill_pipe(conn, buffer, turn == 0) {
                 Ok(Filled::Some) => {}
                 Ok(Filled::Whole) => return Self::piped(shared, conn, buffer),
-                Ok(Filled::Nothing) => break,
+                Ok(Filled::Drained) => break,
                 // From here on the data comes here after all.
                 Ok(Filled::Unfit) => {
                     buffer.piped = None;
@@ -1475,7 +1476,7 @@ impl Receiver {
     /// Takes a part of the data; `sure` says that there is some, or the end of the connection.
     fn fill_pipe(conn: &Conn, buffer: &mut Buffer, mut sure: bool) -> Result<Filled, String> {
         let (Some(piped), Some(pipe)) = (&mut buffer.piped, &mut buffer.pipe) else {
-            return Ok(Filled::Nothing);
+            return Ok(Filled::Drained);
         };
         let mut most = piped.left;
         if let Some(samples) = &mut piped.samples {
@@ -1487,26 +1488,29 @@ impl Receiver {
                     Ok(0) => return Err(CLOSED.into()),
                     Ok(n) if samples.see(&sample[..n]) => sure = true,
                     Ok(_) => return Ok(Filled::Unfit),
-                    Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Nothing),
+                    Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Drained),
                     Err(e) => return Err(format!("cannot receive from the server: {e}")),
                 }
             }
             most = most.min(samples.may_pass() as usize);
         }
-        match pipe.fill(&conn.stream, most) {
+        let n = match pipe.fill(&conn.stream, most) {
             Ok(0) => return Err(CLOSED.into()),
-            Ok(n) => {
-                piped.left -= n;
-                if let Some(samples) = &mut piped.samples {
-                    samples.pass(n as u64);
-                }
-            }
+            Ok(n) => n,
             // The pipe is full.
             Err(nix::Error::EAGAIN) if sure => return Ok(Filled::Unfit),
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Nothing),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Drained),
             Err(e) => return Err(format!("cannot receive from the server: {e}")),
+        };
+        piped.left -= n;
+        if let Some(samples) = &mut piped.samples {
+            samples.pass(n as u64);
         }
-        Ok(if piped.left > 0 { Filled::Some } else { Filled::Whole })
+        Ok(match piped.left {
+            0 => Filled::Whole,
+            _ if n < most => Filled::Drained,
+            _ => Filled::Some,
+        })
     }
 
     /// All of it is in the pipe.
