@@ -348,6 +348,28 @@ fn a_stop_that_takes_too_long_is_an_error_and_goes_on_and_force_ends_it() {
     nothing_left(&v.config);
 }
 
+/// As when the end of a device's sockets is being looked at while its detach goes on already.
+#[test]
+fn a_stop_waits_for_a_change_of_the_device_that_is_under_way() {
+    let v = Volume::new();
+    let pid = ready(&v.config).zerofs.unwrap().pid;
+    ninep::create_disk(&v.config.run_dir, "disk", SIZE).unwrap();
+    client(&v.config).replay().unwrap();
+    signal(pid, Signal::SIGSTOP);
+    std::thread::scope(|scope| {
+        let resize = scope.spawn(|| client(&v.config).resize());
+        std::thread::sleep(Duration::from_millis(300));
+        let stop = scope.spawn(|| stop_with(&v.config, 20.0, false));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!resize.is_finished() && !stop.is_finished(), "{:?}", stop.join());
+        signal(pid, Signal::SIGCONT);
+        assert_eq!(resize.join().unwrap().unwrap(), SIZE);
+        let stopped = stop.join().unwrap().unwrap();
+        assert!(stopped.clean, "{stopped:?}");
+    });
+    nothing_left(&v.config);
+}
+
 #[test]
 fn sigterm_stops_a_keeper_whose_device_is_not_in_use() {
     let v = Volume::new();

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use tracing::warn;
@@ -124,6 +124,15 @@ impl Shared {
     /// Whether we mounted it and nobody has unmounted it since.
     pub(super) fn fuse_mounted(&self) -> bool {
         self.mounted.load(Ordering::Relaxed) && is_mount_point(&self.fuse_dir())
+    }
+
+    /// Holds `mounting`, unless somebody else does now.
+    pub(super) fn try_mounting(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.mounting.try_lock() {
+            Ok(held) => Some(held),
+            Err(TryLockError::Poisoned(held)) => Some(held.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// The caller holds `mounting`.
@@ -275,7 +284,7 @@ impl Handler for Desk {
             Request::Stop(options) => {
                 let (reply, answers) = std::sync::mpsc::channel();
                 self.stop_clients.fetch_add(1, Ordering::SeqCst);
-                let _ = self.events.send(Event::Stop(options, reply));
+                let _ = self.events.send(Event::Stop(options, Instant::now(), reply));
                 for answer in answers {
                     match answer {
                         Answer::Progress(_) => {

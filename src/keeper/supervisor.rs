@@ -60,6 +60,9 @@ const SILENCE: Duration = Duration::from_secs(8);
 /// A keeper whose ZeroFS never started ends by itself after that long: nobody came for the error.
 const FAILED_LINGER: Duration = Duration::from_secs(120);
 
+/// A stop waits that long for a change of the device that is under way.
+const MOUNTING_LIMIT: Duration = Duration::from_secs(10);
+
 /// What the record file says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -85,8 +88,8 @@ pub(crate) enum Event {
     Data(DataEvent),
     /// A client wants the data path connected.
     Raise(Sender<Result<Replayed>>),
-    /// A client wants an end.
-    Stop(StopOptions, Sender<Answer>),
+    /// A client wants an end, since then.
+    Stop(StopOptions, Instant, Sender<Answer>),
     /// The flush of a stop is over.
     Flushed(Result<()>),
     /// Someone sent us SIGTERM.
@@ -290,7 +293,7 @@ impl Supervisor {
                 self.raise_attempts = 0;
                 self.raise_if_due();
             }
-            Event::Stop(options, reply) => self.stop(options, reply),
+            Event::Stop(options, asked, reply) => self.stop(options, asked, reply),
             Event::Flushed(result) => self.flushed(result),
             Event::Terminate => self.terminate_signal(),
             Event::Exited(..) | Event::Answering(_) | Event::Owner(_) => {}
@@ -824,11 +827,13 @@ impl Supervisor {
 
     // --- stopping ---------------------------------------------------------------------------------------
 
-    fn stop(&mut self, options: StopOptions, reply: Sender<Answer>) {
+    fn stop(&mut self, options: StopOptions, asked: Instant, reply: Sender<Answer>) {
         {
-            // Never waited for: whoever holds it may wait for I/O, and I/O may wait for us.
-            let Ok(_mounting) = self.shared.mounting.try_lock() else {
-                let e = Error::new(Kind::Busy, "the volume's FUSE file is being mounted or unmounted")
+            let Some(_mounting) = self.shared.try_mounting() else {
+                if asked.elapsed() < MOUNTING_LIMIT {
+                    return self.stop_later(options, asked, reply);
+                }
+                let e = Error::new(Kind::Busy, "the volume's device or FUSE file is being changed")
                     .hint("run the same command again");
                 let _ = reply.send(Answer::Error((&e).into()));
                 return;
@@ -880,6 +885,21 @@ impl Supervisor {
             }
         }
         if options.force { self.force_stop() } else { self.advance_stop() }
+    }
+
+    /// Asks again as soon as nobody changes the device. Never waited for here: whoever changes it may wait for I/O, and
+    /// I/O may wait for us.
+    fn stop_later(&self, options: StopOptions, asked: Instant, reply: Sender<Answer>) {
+        let shared = Arc::clone(&self.shared);
+        let spawned = thread("stop", move || {
+            while shared.try_mounting().is_none() && asked.elapsed() < MOUNTING_LIMIT {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let _ = shared.events.send(Event::Stop(options, asked, reply));
+        });
+        if let Err(e) = spawned {
+            warn!("cannot start a thread: {e}");
+        }
     }
 
     /// Does what the stop needs next, if it can be done now.
@@ -1076,7 +1096,11 @@ impl Supervisor {
         }
         let (reply, _) = std::sync::mpsc::channel();
         let timeout_seconds = self.shared.config.stop_grace_seconds as f64;
-        self.stop(StopOptions { timeout_seconds, force: false, even_if_mounted: false }, reply);
+        self.stop(
+            StopOptions { timeout_seconds, force: false, even_if_mounted: false },
+            Instant::now(),
+            reply,
+        );
     }
 }
 
