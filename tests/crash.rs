@@ -408,6 +408,33 @@ const CASES: &[Case] = &[
         },
     },
     Case {
+        name: "unpublish while another pod holds the failed device",
+        before: |m| {
+            m.attach("/a").unwrap();
+            m.publish("/pod").unwrap();
+            m.publish("/other").unwrap();
+            m.host.write(1);
+            m.host.kill_keeper();
+            m.host.kill_zerofs();
+            m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+        },
+        command: |m| {
+            // What the driver does by itself; that the device is held is no matter of the pod that goes.
+            if let Err(e) = m.recover()
+                && e.kind() != Kind::Busy
+            {
+                return Err(e);
+            }
+            m.unpublish("/pod")
+        },
+        after: |m, when| {
+            m.host.set_users(vec![]);
+            m.recover().unwrap_or_else(|e| panic!("{when}: {e}"));
+            m.assert_data(when);
+            assert_eq!(m.host.mounted_at(), ["/a", "/other"], "{when}");
+        },
+    },
+    Case {
         name: "raw publish",
         before: |m| m.attach_block("/raw").unwrap(),
         command: |m| m.publish_block("/pod"),
@@ -753,6 +780,46 @@ fn a_pod_leaves_a_failed_device_that_another_one_still_holds() {
     m.assert_empty("after detach");
 }
 
+/// A filesystem that was told of an error is never mounted again beside those who still hold it.
+#[test]
+fn a_pod_that_leaves_a_harmed_filesystem_does_not_end_its_clear_up() {
+    let m = Machine::new(NBD);
+    m.attach("/a").unwrap();
+    m.publish("/pod").unwrap();
+    m.publish("/other").unwrap();
+    m.host.write(1);
+    m.host.kill_keeper();
+    m.host.time_out();
+    m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+    assert_eq!(m.recover().unwrap_err().kind(), Kind::Busy);
+    assert_eq!(m.unpublish("/pod").unwrap_err().kind(), Kind::Busy);
+    assert_eq!(m.recover().unwrap_err().kind(), Kind::Busy);
+    m.host.set_users(vec![]);
+    m.unpublish("/pod").unwrap();
+    m.recover().unwrap();
+    m.assert_data("mounted anew");
+    assert_eq!(m.host.mounted_at(), ["/a", "/other"]);
+    m.detach().unwrap();
+    m.assert_empty("after detach");
+}
+
+/// A detach that waits for another pod has taken this one's place away already.
+#[test]
+fn a_pod_leaves_while_a_detach_waits_for_another_one() {
+    let m = Machine::new(DIRECT);
+    m.attach("/a").unwrap();
+    m.publish("/pod").unwrap();
+    m.publish("/other").unwrap();
+    m.host.write(1);
+    m.host.kill_zerofs();
+    m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+    assert_eq!(m.detach().unwrap_err().kind(), Kind::Busy);
+    m.unpublish("/pod").unwrap();
+    m.host.set_users(vec![]);
+    m.detach().unwrap();
+    m.assert_empty("after detach");
+}
+
 /// The kernel has taken the mount out of its table, and still waits for the storage.
 #[test]
 fn an_unmount_that_was_given_up_is_waited_for_and_ends_by_force() {
@@ -864,6 +931,8 @@ enum Deed {
     KillKeeper,
     KillZerofs,
     StoreAway(bool),
+    /// A program opens a file of it, or lets go.
+    Hold(bool),
     DetachByForce,
 }
 
@@ -907,6 +976,14 @@ impl Deed {
                 m.host.set_store_away(*away);
                 Ok(())
             }
+            Deed::Hold(held) if *held && !m.host.mounted_at().is_empty() => {
+                m.host.set_users(vec![User { pid: 42, name: "dd".into() }]);
+                Ok(())
+            }
+            Deed::Hold(_) => {
+                m.host.set_users(vec![]);
+                Ok(())
+            }
         }
     }
 }
@@ -929,6 +1006,8 @@ fn deeds() -> impl Strategy<Value = (Deed, Option<u64>, Option<u64>)> {
         1 => Just(Deed::KillZerofs),
         1 => Just(Deed::StoreAway(true)),
         2 => Just(Deed::StoreAway(false)),
+        1 => Just(Deed::Hold(true)),
+        2 => Just(Deed::Hold(false)),
         1 => Just(Deed::DetachByForce),
     ];
     let instant = || prop_oneof![3 => Just(None), 1 => (0..30u64).prop_map(Some)];
@@ -962,6 +1041,7 @@ proptest! {
         m.host.kill_at(None);
         m.host.fail_at(None);
         m.host.set_store_away(false);
+        m.host.set_users(vec![]);
         m.recover().unwrap();
         m.attach("/end").unwrap();
         prop_assert_eq!(m.host.read(), Some(m.host.acknowledged()));

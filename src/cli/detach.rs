@@ -84,7 +84,7 @@ pub(super) fn resolve(what: &str, context: &Context, dirs: &Dirs) -> Result<(Vol
             continue;
         }
         let standing = Standing::of(&runs);
-        if standing.places.iter().any(|p| place(p) == Some(&target)) {
+        if standing.all_places().any(|p| place(p) == Some(&target)) {
             return Ok((volume, Scope::Target(target)));
         }
         let (_, file) = dirs.fuse(&volume);

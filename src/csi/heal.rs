@@ -14,6 +14,7 @@ use crate::host::nbd::survey::{self, Roots, Scope};
 use crate::journal::{self, Journal};
 use crate::keeper::{self, process::Identity};
 use crate::ops::recover::{Recovered, recover};
+use crate::plan::Operation;
 use crate::values::VolumeId;
 
 /// How often the volumes are looked at.
@@ -96,8 +97,10 @@ async fn settle(driver: &Arc<Driver>, volume: VolumeId) -> Option<bool> {
             }
             Some(!recovered.what.is_empty())
         }
-        // Somebody is at work on it, who settles it as well.
-        Err(refusal) if refusal.error().kind() == Kind::Busy => Some(false),
+        // Somebody is at work on it, who settles it as well. In a step, it is the device that somebody holds.
+        Err(refusal) if refusal.error().kind() == Kind::Busy && refusal.error().step().is_none() => {
+            Some(false)
+        }
         Err(refusal) => {
             driver.metrics.failed(Rpc::Recovery, TOTAL);
             tracing::error!(%volume, request, "cannot be settled: {}", refusal.status().message());
@@ -166,11 +169,11 @@ fn look_at_all(driver: &Driver) -> (BTreeSet<VolumeId>, BTreeSet<VolumeId>) {
     let (mut seen, mut broken, mut waiting) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
     let (mut attached, mut unwell) = (BTreeSet::new(), 0);
     for volume in journal::volumes(run_dir).unwrap_or_default() {
-        // Between two steps of an operation, what is found is no state to act on.
-        let open = Journal::peek(run_dir, &volume)
-            .ok()
-            .flatten()
-            .is_some_and(|runs| runs.last().is_some_and(|r| r.end.is_none()));
+        // Between two steps of an operation, what is found is no state to act on. The clear-up of a failed device stays open
+        // while somebody holds that.
+        let open = Journal::peek(run_dir, &volume).ok().flatten().is_some_and(|runs| {
+            runs.last().is_some_and(|r| r.end.is_none() && r.plan.operation != Operation::Clear)
+        });
         let Ok(Some(found)) = condition::look(run_dir, &volume) else { continue };
         attached.insert(volume.to_string());
         unwell += usize::from(found.condition().abnormal);

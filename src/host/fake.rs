@@ -772,7 +772,8 @@ impl Host for FakeHost {
 
     fn disconnect(&self, _: &VolumeId, dead: bool) -> Result<()> {
         self.change(|w| {
-            assert!(dead || w.users.is_empty(), "a device in use is disconnected");
+            let in_use = w.device.is_some() && !w.users.is_empty();
+            assert!(dead || !in_use, "a device in use is disconnected");
             let ours = |m: &MountEntry| m.source == LOOP || m.source == NBD || m.source == NODES;
             assert!(!w.mounts.iter().any(ours), "a mounted device is disconnected");
             assert!(!dead || w.life() == Life::Dead, "a live device is taken down as if it were dead");
@@ -784,6 +785,8 @@ impl Host for FakeHost {
             w.unmounting = false;
             w.device = None;
             w.nbd = None;
+            // Whoever held a dead one holds none that comes after it.
+            w.users.clear();
             Ok(())
         })?;
         self.change(|w| {

@@ -1,7 +1,7 @@
 //! publish and unpublish: what is staged at one place of the node appears at others, as pods need it.
 
 use super::*;
-use crate::journal::End;
+use crate::journal::{End, Run, TaskState};
 use crate::step::{Bind, GrantGroup};
 
 /// Where a staged volume shall appear, and how. Every value is checked.
@@ -113,12 +113,25 @@ pub fn unpublish(
         if journal.open_run().is_some() {
             revive(engine, volume)?;
         }
-        let clears = journal.open_run().is_some_and(|run| run.plan.operation == Operation::Clear);
-        match engine.settle(&mut journal, None) {
-            // Whoever else holds the failed device holds up its end, and not those that leave: each later command that
-            // needs the device begins anew with it.
-            Err(e) if clears && e.kind() == Kind::Busy => journal.end(End::Abandoned)?,
-            settled => drop(settled?),
+        let open = journal.open_run();
+        let is_gone = |run: &Run| {
+            run.plan.operation == Operation::Detach
+                && run.plan.tasks.iter().zip(&run.states).any(|(task, state)| {
+                    matches!(&task.step, Step::Bind(b) if b.target == *target)
+                        && matches!(state, TaskState::Settled(_))
+                })
+        };
+        if open.is_some_and(is_gone) {
+            // The rest of that detach may wait for others that hold the device.
+            return Ok(None);
+        }
+        let clears = open.is_some_and(|run| run.plan.operation == Operation::Clear);
+        if clears && engine.host.device(volume).map_err(|e| e.on(volume))?.life == Life::Dead {
+            // It ends when nobody holds the failed device any more, which whoever leaves does not wait for. The next
+            // command that needs the device begins anew with it.
+            journal.end(End::Abandoned)?;
+        } else {
+            engine.settle(&mut journal, None)?;
         }
         let standing = journal.standing();
         // One that is awaited would come back otherwise.
