@@ -9,8 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::{Host, Observe, TargetView};
 use crate::journal::{End, Journal, Outcome, Settlement, TaskState, settlement};
 use crate::plan::{Plan, Task};
-use crate::step::Step;
-use crate::step::{Direction, Facts};
+use crate::step::{Direction, Facts, Step};
 
 /// Sees every step event: progress lines, logs and metrics hang here.
 pub trait Observer {
@@ -92,6 +91,16 @@ impl Engine<'_> {
     pub fn settle(&self, journal: &mut Journal, wanted: Option<&Plan>) -> Result<Settlement> {
         let what = settlement(journal.open_run(), wanted);
         let name = journal.open_run().map_or("", |r| r.plan.operation.name());
+        if let Some(run) = journal.open_run() {
+            // What it found out next would be wrong a moment later.
+            for task in &run.plan.tasks {
+                if let Step::Mount(mount) = &task.step {
+                    self.host
+                        .finish_mount(&mount.target)
+                        .map_err(|e| e.on(&run.plan.volume).in_step(task.name()))?;
+                }
+            }
+        }
         match what {
             Settlement::Nothing | Settlement::Resume => {}
             Settlement::Finish => {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use support::cli::{Node, Victim, assert_holds, pattern, write_durably};
-use support::stuck::an_unmount_without_storage;
+use support::stuck::{a_mount_that_outlives_its_command, an_unmount_without_storage};
 use support::watch::Watch;
 use support::{require_program, wait_until};
 use zerofsctl::host::nbd::{self, sysfs};
@@ -409,6 +409,11 @@ fn nbd_an_unmount_that_waits_for_its_storage_is_told_of_and_comes_to_its_end() {
     let before = connected();
     an_unmount_without_storage(&node(), "nbd");
     assert_eq!(connected(), before);
+}
+
+#[test]
+fn nbd_a_mount_that_outlives_its_command_is_waited_for() {
+    a_mount_that_outlives_its_command(&node(), "nbd");
 }
 
 /// Short, as it also runs on the stock kernel in emulation.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::cli::{Answer, Node, Victim, assert_holds, files_below, pattern, write_durably};
-use support::stuck::an_unmount_without_storage;
+use support::stuck::{a_mount_that_outlives_its_command, an_unmount_without_storage};
 use support::zerofs::Daemon;
 use support::{require_program, wait_until, zerofs_bin};
 
@@ -393,6 +393,11 @@ fn root_a_full_state_disk_stops_no_volume() {
 #[test]
 fn root_an_unmount_that_waits_for_its_storage_is_told_of_and_comes_to_its_end() {
     an_unmount_without_storage(&Node::new(), "fuse");
+}
+
+#[test]
+fn root_a_mount_that_outlives_its_command_is_waited_for() {
+    a_mount_that_outlives_its_command(&Node::new(), "fuse");
 }
 
 #[test]

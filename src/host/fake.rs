@@ -519,6 +519,10 @@ impl Observe for FakeHost {
         Ok(if w.folders.contains(path) { TargetView::EmptyFolder } else { TargetView::Missing })
     }
 
+    fn finish_mount(&self, _: &TargetPath) -> Result<()> {
+        Ok(())
+    }
+
     fn device_users(&self, _: &Path) -> Result<Vec<User>> {
         let w = self.world.borrow();
         let kernel = w.is_unmounting().then(|| User { pid: 0, name: "the kernel".into() });

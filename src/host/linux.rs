@@ -897,6 +897,10 @@ impl Observe for LinuxHost {
         Ok(if entries.next().is_none() { TargetView::EmptyFolder } else { TargetView::FullFolder })
     }
 
+    fn finish_mount(&self, target: &TargetPath) -> Result<()> {
+        self.wait_for_mount(target.as_path())
+    }
+
     fn device_users(&self, device: &Path) -> Result<Vec<User>> {
         let begun = Instant::now();
         loop {

@@ -378,6 +378,9 @@ pub trait Observe {
     /// Which transport an attach would take that asks for `wanted`; an error, with what is missing, where that cannot
     /// work. It loads no module, but counts on one that can be loaded.
     fn transport(&self, wanted: Transport) -> Result<Transport>;
+    /// Waits for the end of a mount(8) at `target`, which goes on when the command that began it is killed: until then the
+    /// mount is in no table. An error when that takes too long, and not by force. Nothing to do where there is none.
+    fn finish_mount(&self, target: &TargetPath) -> Result<()>;
     /// Who uses the device besides its mounts in this namespace: openers, other mount namespaces, holders.
     fn device_users(&self, device: &Path) -> Result<Vec<User>>;
     /// An error if this machine cannot grow that filesystem while it is mounted.

@@ -1,12 +1,16 @@
-//! A storage that takes nothing, while a filesystem is unmounted.
+//! A storage that takes nothing, while a filesystem is mounted or unmounted.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::cli::{Answer, Node, assert_holds, pattern, write_durably};
+use super::wait_until;
 
 /// The filesystem has nothing left to write, and yet writes that it is clean when it is unmounted: the detach is
 /// given up, the next one finds what it left under way, and it ends by itself, or by force.
@@ -63,4 +67,52 @@ pub fn an_unmount_without_storage(node: &Node, transport: &str) {
     attach();
     assert_holds(&file, &bytes, "after an unmount by force");
     node.ok(&["detach", "vol1"]);
+}
+
+/// A command is killed while its mount(8) waits for the storage: the program goes on without it, and whatever comes next
+/// waits for its end, as the mount would otherwise appear behind its back.
+pub fn a_mount_that_outlives_its_command(node: &Node, transport: &str) {
+    let target = node.target("m");
+    let words = ["attach", "vol1", "--target", &target, "--size", "64Mi", "--transport", transport];
+    node.ok(&words);
+    let (file, bytes) = (Path::new(&target).join("data"), pattern(5, 1 << 20));
+    write_durably(&file, &bytes);
+    node.ok(&["detach", "vol1"]);
+    // It is held up until the storage is stopped.
+    let programs = node.dir.join("programs");
+    fs::create_dir(&programs).expect("a new folder");
+    let (here, go, mount) = (programs.join("here"), programs.join("go"), programs.join("mount"));
+    let script = format!(
+        "#!/bin/sh\n: > {}\nwhile [ ! -e {} ]; do sleep 0.01; done\nexec /bin/mount \"$@\"\n",
+        here.display(),
+        go.display()
+    );
+    fs::write(&mount, script).expect("a new file");
+    fs::set_permissions(&mount, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("there is one"));
+    for next in [&["recover", "vol1"][..], &words, &["detach", "vol1"]] {
+        let mut command =
+            node.command(&words).env("PATH", &path).stderr(Stdio::null()).spawn().expect("it starts");
+        wait_until("it mounts", Duration::from_secs(30), || here.exists());
+        let zerofs = Pid::from_raw(node.processes().1[0]);
+        kill(zerofs, Signal::SIGSTOP).expect("it runs");
+        fs::write(&go, "").expect("a new file");
+        std::thread::sleep(Duration::from_millis(300));
+        command.kill().expect("it waits");
+        command.wait().expect("it was killed");
+        std::thread::scope(|scope| {
+            let answer = scope.spawn(|| node.run(next));
+            std::thread::sleep(Duration::from_millis(700));
+            let waits = !answer.is_finished();
+            kill(zerofs, Signal::SIGCONT).expect("it still runs");
+            let answer = answer.join().expect("no panic").expect_code(0);
+            assert!(waits, "{answer:?}");
+        });
+        node.ok(&words);
+        node.assert_attached("vol1", &[&target], "after a mount that went on alone");
+        assert_holds(&file, &bytes, "after a mount that went on alone");
+        node.ok(&["detach", "vol1"]);
+        node.assert_nothing_left("after a mount that went on alone");
+        fs::remove_file(&here).and_then(|()| fs::remove_file(&go)).expect("they are ours");
+    }
 }

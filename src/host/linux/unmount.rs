@@ -1,10 +1,11 @@
-//! Unmounts that come to an end, whatever their storage does.
+//! Mounts and unmounts that come to an end, whatever their storage does.
 //!
 //! What a filesystem writes at the very end waits for a storage that takes nothing, out of reach of every signal. So
 //! the system call is made in a process of its own, which is named after the device: a later command finds it by that
 //! name, waits for it, or by force ends what it waits for.
 
 use std::ffi::{CString, OsStr};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -107,6 +108,32 @@ impl LinuxHost {
             )))
         };
         self.to_its_end(device, source, self.patience, false, &may_fail, &mut wait).map(drop)
+    }
+
+    /// See [`Observe::finish_mount`](crate::host::Observe::finish_mount).
+    pub(super) fn wait_for_mount(&self, target: &Path) -> Result<()> {
+        let Some(pid) = users::pids().find(|pid| is_mounting(*pid, target)) else { return Ok(()) };
+        let begun = Instant::now();
+        while is_mounting(pid, target) {
+            if begun.elapsed() >= self.patience {
+                if self.force {
+                    return Ok(());
+                }
+                return Err(Error::new(
+                    Kind::Interrupted,
+                    format!(
+                        "mount (process {pid}), which an earlier command began at {}, does not end within {} s: its storage does not answer",
+                        target.display(),
+                        self.patience.as_secs()
+                    ),
+                )
+                .hint("see why: zerofsctl list; then run the same command again"));
+            }
+            let limit = Some(self.patience.as_secs());
+            (self.progress)("wait for an earlier mount", begun.elapsed().as_secs(), limit);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// Waits for an unmount, and by force, when it takes too long, ends what it waits for. Gives what came of it, and
@@ -234,6 +261,15 @@ fn unmounted(result: Result<(), i32>, target: &Path, dead: bool) -> Result<()> {
         }
         Err(e) => Err(e).doing("unmount", target),
     }
+}
+
+/// Whether the process is a mount(8) at this place, by its arguments, of which the kernel forgets those of a dead one.
+fn is_mounting(pid: u32, target: &Path) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut args = line.strip_suffix(b"\0").unwrap_or_default().split(|b| *b == 0);
+    let program = args.next().map(|arg| Path::new(OsStr::from_bytes(arg)));
+    program.is_some_and(|program| program.ends_with(Program::Mount.names().0))
+        && args.next_back() == Some(target.as_os_str().as_bytes())
 }
 
 /// What the process is called that unmounts a device.
