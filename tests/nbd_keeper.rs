@@ -100,16 +100,21 @@ impl Bench {
     fn with(zeros_when_closed: bool) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk { volatile: vec![0; SIZE], durable: vec![0; SIZE], size: SIZE, ..Disk::default() };
-        Bench::of(dir, Arc::new(Mutex::new(disk)), zeros_when_closed)
+        Bench::of(dir, Arc::new(Mutex::new(disk)), zeros_when_closed, None)
     }
 
-    fn of(dir: TempDir, disk: Arc<Mutex<Disk>>, zeros_when_closed: bool) -> Bench {
+    fn of(
+        dir: TempDir,
+        disk: Arc<Mutex<Disk>>,
+        zeros_when_closed: bool,
+        io_timeout: Option<Duration>,
+    ) -> Bench {
         let config = DataPathConfig {
             run_dir: dir.path().to_owned(),
             export: "vol".into(),
             connections: 4,
             log_bytes: 8 << 20,
-            io_timeout: None,
+            io_timeout,
             volume: "vol".parse().unwrap(),
             epoch: 1,
             zeros_when_closed,
@@ -125,7 +130,7 @@ impl Bench {
         server.kill();
         let Bench { dir, disk, path, .. } = self;
         drop(path);
-        Bench::of(dir, disk, true)
+        Bench::of(dir, disk, true, None)
     }
 
     /// Waits until so many operations are in flight.
@@ -529,6 +534,7 @@ fn large_reads(zeros_when_closed: bool) {
     let mut server = Some(bench.server());
     let mut kernels = bench.sockets(2, false);
     for round in 0..30 {
+        bench.disk.lock().unwrap().in_pieces = round % 2 == 1;
         let mut asked = [HashMap::new(), HashMap::new()];
         for (kernel, asked) in kernels.iter_mut().zip(&mut asked) {
             for _ in 0..24 {
@@ -570,6 +576,46 @@ fn large_reads(zeros_when_closed: bool) {
     let stats = bench.path.stats();
     assert_eq!((stats.errors, stats.zero_reads_checked > 0), (0, zeros_when_closed));
     server.expect("there is one").kill();
+}
+
+/// A read that is given up in the middle of its reply: what came of it goes to nobody, least of all to the next one.
+#[test]
+fn the_rest_of_a_large_read_that_was_given_up_is_dropped() {
+    for zeros_when_closed in [false, true] {
+        let disk = Disk { volatile: vec![1; SIZE], durable: vec![1; SIZE], size: SIZE, ..Disk::default() };
+        let (dir, disk) = (tempfile::tempdir().unwrap(), Arc::new(Mutex::new(disk)));
+        let bench = Bench::of(dir, disk, zeros_when_closed, Some(Duration::from_millis(500)));
+        {
+            let mut disk = bench.disk.lock().unwrap();
+            disk.in_pieces = true;
+            disk.volatile[8 * MIB..].fill(2);
+        }
+        let server = bench.server();
+        let mut kernels = bench.sockets(1, false);
+        let kernel = &mut kernels[0];
+        let mut given_up = 0;
+        for n in 0..30 {
+            kernel.send(Command::Read, 0, 0, MIB, &[]);
+            std::thread::sleep(Duration::from_micros(n * 20));
+            server.stop(true);
+            match kernel.reply().1 {
+                Ok(data) => assert!(data == [1; MIB], "round {n}"),
+                Err(errno) => {
+                    assert_eq!(errno, libc::EIO as u32, "round {n}");
+                    given_up += 1;
+                }
+            }
+            server.stop(false);
+            for (offset, byte) in [(8 * MIB, 2), (0, 1)] {
+                assert!(kernel.ask(Command::Read, offset, MIB, &[]).unwrap() == [byte; MIB], "round {n}");
+            }
+            if given_up == 4 {
+                break;
+            }
+        }
+        assert!(given_up > 0, "none was given up");
+        server.kill();
+    }
 }
 
 #[test]

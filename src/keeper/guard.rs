@@ -1472,15 +1472,42 @@ mod tests {
     use super::*;
     use crate::keeper::log::{Identity, MIN_CAPACITY, Opened};
 
-    #[test]
-    fn zeros_during_trouble_with_the_store_are_asked_for_again() {
+    fn guard(zeros_when_closed: bool) -> (Guard<u8>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let identity = Identity { volume: "v".parse().unwrap(), epoch: 1, boot: "b".into() };
         let Opened::Log(log) = ReplayLog::open(dir.path(), &identity, MIN_CAPACITY).unwrap() else {
             panic!("a new log is not foreign")
         };
-        let settings = Settings { epoch: 1, io_timeout: None, zeros_when_closed: true, replay_log: true };
-        let mut guard: Guard<u8> = Guard::new(settings, log);
+        let settings = Settings { epoch: 1, io_timeout: None, zeros_when_closed, replay_log: true };
+        (Guard::new(settings, log), dir)
+    }
+
+    #[test]
+    fn only_reads_may_be_delivered_unseen_and_with_samples_where_zeros_may_be_false() {
+        for zeros_when_closed in [true, false] {
+            let (mut guard, _dir) = guard(zeros_when_closed);
+            let (mut out, target) = (Vec::new(), Target { size: 1 << 20, flags: TransmissionFlags::new(1) });
+            guard.up(Duration::ZERO, &[1], target, &mut out);
+            out.clear();
+            guard.submit(Duration::ZERO, Op::Read { offset: 4096, len: 8192 }, 7, &mut out);
+            guard.submit(Duration::ZERO, Op::Write { offset: 0, data: &[1; 512], fua: false }, 8, &mut out);
+            let cookies: Vec<u64> = out
+                .iter()
+                .map(|action| match action {
+                    Action::Send { header, .. } => header.cookie,
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            let (token, samples) = guard.unseen(1, cookies[0]).unwrap();
+            assert_eq!((*token, samples.is_some()), (7, zeros_when_closed));
+            assert!(guard.unseen(1, cookies[1]).is_none(), "a write");
+            assert!(guard.unseen(2, cookies[0]).is_none(), "another connection");
+        }
+    }
+
+    #[test]
+    fn zeros_during_trouble_with_the_store_are_asked_for_again() {
+        let (mut guard, _dir) = guard(true);
         let at = Duration::from_millis;
         let (mut out, target) = (Vec::new(), Target { size: 1 << 20, flags: TransmissionFlags::new(1) });
         guard.up(at(0), &[1], target, &mut out);

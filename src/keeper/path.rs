@@ -1198,6 +1198,7 @@ struct Piped {
 }
 
 /// What came of taking data into the pipe.
+#[derive(Debug, PartialEq)]
 enum Filled {
     Some,
     Whole,
@@ -1446,7 +1447,7 @@ impl Receiver {
         deadline: Option<Now>,
     ) -> Option<Option<Now>> {
         for turn in 0..TURNS {
-            match Self::fill_pipe(conn, buffer, turn == 0) {
+            match Self::fill_pipe(&conn.stream, buffer, turn == 0) {
                 Ok(Filled::Some) => {}
                 Ok(Filled::Whole) => return Self::piped(shared, conn, buffer),
                 Ok(Filled::Drained) => break,
@@ -1474,7 +1475,7 @@ impl Receiver {
     }
 
     /// Takes a part of the data; `sure` says that there is some, or the end of the connection.
-    fn fill_pipe(conn: &Conn, buffer: &mut Buffer, mut sure: bool) -> Result<Filled, String> {
+    fn fill_pipe(stream: &UnixStream, buffer: &mut Buffer, mut sure: bool) -> Result<Filled, String> {
         let (Some(piped), Some(pipe)) = (&mut buffer.piped, &mut buffer.pipe) else {
             return Ok(Filled::Drained);
         };
@@ -1484,7 +1485,7 @@ impl Receiver {
                 let mut sample = [0; SAMPLE];
                 let len = SAMPLE.min(samples.left_in_chunk() as usize).min(piped.left);
                 let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-                match nix::sys::socket::recv(conn.stream.as_raw_fd(), &mut sample[..len], flags) {
+                match nix::sys::socket::recv(stream.as_raw_fd(), &mut sample[..len], flags) {
                     Ok(0) => return Err(CLOSED.into()),
                     Ok(n) if samples.see(&sample[..n]) => sure = true,
                     Ok(_) => return Ok(Filled::Unfit),
@@ -1494,7 +1495,7 @@ impl Receiver {
             }
             most = most.min(samples.may_pass() as usize);
         }
-        let n = match pipe.fill(&conn.stream, most) {
+        let n = match pipe.fill(stream, most) {
             Ok(0) => return Err(CLOSED.into()),
             Ok(n) => n,
             // The pipe is full.
@@ -1559,5 +1560,82 @@ fn run_jobs(shared: &Shared, prober: &dyn Prober, todo: &mpsc::Receiver<Job>) {
         shared.act(out);
         // A new deadline may be nearer than what the I/O thread sleeps for.
         shared.wake_io();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::super::chunks::CHUNK;
+    use super::*;
+
+    /// A reply of which so many bytes are still to come, from this place of the device on.
+    fn coming(left: usize, from: Option<u64>, pipe: Pipe) -> Buffer {
+        let piped = Piped { cookie: 1, left, samples: from.map(Samples::new) };
+        Buffer {
+            conn: 1,
+            bytes: vec![0; RECEIVE],
+            filled: SimpleReply::LEN,
+            need: SimpleReply::LEN + left,
+            piped: Some(piped),
+            pipe: Some(pipe),
+            large: true,
+        }
+    }
+
+    fn fill(ours: &UnixStream, buffer: &mut Buffer, sure: bool) -> Filled {
+        Receiver::fill_pipe(ours, buffer, sure).unwrap()
+    }
+
+    #[test]
+    fn data_that_shows_what_it_is_passes_chunk_by_chunk() {
+        let (mut server, ours) = UnixStream::pair().unwrap();
+        let len = 2 * CHUNK as usize + 100;
+        let mut buffer = coming(len, Some(CHUNK - 100), Pipe::new().unwrap());
+        assert_eq!(fill(&ours, &mut buffer, false), Filled::Drained, "nothing is there");
+        server.write_all(&vec![1; len + 16]).unwrap();
+        assert_eq!(fill(&ours, &mut buffer, true), Filled::Some, "the part of the first chunk");
+        assert_eq!(buffer.pipe.as_ref().unwrap().held(), 100);
+        assert_eq!(fill(&ours, &mut buffer, false), Filled::Some);
+        assert_eq!(fill(&ours, &mut buffer, false), Filled::Whole);
+        assert_eq!(buffer.pipe.as_ref().unwrap().held(), len, "and nothing of the next reply");
+        drop(server);
+        let mut buffer = coming(len, None, Pipe::new().unwrap());
+        assert_eq!(fill(&ours, &mut buffer, true), Filled::Drained, "the last bytes");
+        assert!(Receiver::fill_pipe(&ours, &mut buffer, true).is_err(), "the end");
+    }
+
+    /// What comes behind it is never taken for a part of it.
+    #[test]
+    fn zeros_at_the_end_of_a_chunk_or_of_the_reply_must_be_looked_at() {
+        for (left, from) in [(100, 0), (2 * CHUNK as usize, CHUNK - 100)] {
+            let (mut server, ours) = UnixStream::pair().unwrap();
+            let mut buffer = coming(left, Some(from), Pipe::new().unwrap());
+            server.write_all(&[&[0; 100][..], &[1; 4096]].concat()).unwrap();
+            assert_eq!(fill(&ours, &mut buffer, true), Filled::Unfit, "{left} bytes from {from}");
+            assert_eq!(buffer.pipe.as_ref().unwrap().held(), 0);
+        }
+    }
+
+    #[test]
+    fn a_full_pipe_is_told_from_an_empty_socket() {
+        let mut pipe = Pipe::new().unwrap();
+        let (mut server, ours) = UnixStream::pair().unwrap();
+        // One byte in each place.
+        let mut places = 0;
+        loop {
+            server.write_all(&[1]).unwrap();
+            if pipe.fill(&ours, 1).is_err() {
+                break;
+            }
+            places += 1;
+        }
+        for from in [None, Some(0)] {
+            let mut buffer = coming(4096, from, pipe);
+            assert_eq!(fill(&ours, &mut buffer, true), Filled::Unfit, "{places} places, {from:?}");
+            pipe = buffer.pipe.take().unwrap();
+        }
+        assert_eq!(pipe.held(), places);
     }
 }

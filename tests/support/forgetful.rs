@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use zerofsctl::error::Result;
 use zerofsctl::keeper::path::Prober;
 use zerofsctl::zerofs::nbd::{Command, RequestHeader, SimpleReply};
@@ -28,6 +30,8 @@ pub struct Disk {
     pub open_streams: Vec<UnixStream>,
     /// Reads give zeros, the rest EIO; flush says OK.
     pub closed: bool,
+    /// Replies go out in pieces of all sizes, and the server may be stopped between two of them.
+    pub in_pieces: bool,
     /// How many chunks of 32 KiB such a read still has, at its beginning.
     pub cached: usize,
     /// Flush says OK and does nothing, and admits it.
@@ -130,11 +134,7 @@ fn serve(
             data.resize(request.len as usize, 0);
             s.read_exact(&mut data).ok()?;
         }
-        let mut wait = stopped.0.lock().unwrap();
-        while *wait {
-            wait = stopped.1.wait(wait).unwrap();
-        }
-        drop(wait);
+        wait_while_stopped(stopped);
         let mut disk = disk.lock().unwrap();
         if !alive.load(Ordering::SeqCst) {
             return None;
@@ -161,9 +161,27 @@ fn serve(
                 _ => return None,
             }
         }
+        let in_pieces = disk.in_pieces;
         drop(disk);
         let reply = SimpleReply { error, cookie: request.cookie };
-        s.write_all(&[&reply.encode()[..], &out].concat()).ok()?;
+        let bytes = [&reply.encode()[..], &out].concat();
+        let mut rest = &bytes[..];
+        let mut rng = StdRng::seed_from_u64(request.cookie);
+        while in_pieces && !rest.is_empty() {
+            let most = [1, 300, CHUNK, 8 * CHUNK][rng.random_range(0..4)];
+            let (piece, next) = rest.split_at(rng.random_range(1..=most).min(rest.len()));
+            s.write_all(piece).ok()?;
+            rest = next;
+            wait_while_stopped(stopped);
+        }
+        s.write_all(rest).ok()?;
+    }
+}
+
+fn wait_while_stopped(stopped: &(Mutex<bool>, Condvar)) {
+    let mut wait = stopped.0.lock().unwrap();
+    while *wait {
+        wait = stopped.1.wait(wait).unwrap();
     }
 }
 
