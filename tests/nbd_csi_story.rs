@@ -223,6 +223,40 @@ fn nbd_a_killed_keeper_is_a_pause_and_the_driver_starts_the_next_one() {
     assert_eq!(connected(), before);
 }
 
+/// A crash of ZeroFS fails a device of the direct path for good. One pod leaves it at once, another one still holds it; the
+/// driver comes back to it by itself, once it is free.
+#[test]
+fn nbd_a_failed_device_that_a_pod_holds_is_left_by_the_others_and_brought_back_when_it_is_free() {
+    let node = node();
+    let before = connected();
+    let driver = Driver::start(&node, &[&NBD[..], &["--path", "direct"]].concat());
+    let client = driver.client();
+    let staged = Staged::new(&client, node, "ext4");
+    let other = staged.pod.with_file_name("b");
+    client.publish("v", &staged.staging, &other, mount(RWO), false).unwrap();
+    let bytes = pattern(6, 1 << 20);
+    write_durably(&other.join("data"), &bytes);
+    let held = fs::File::open(other.join("data")).unwrap();
+    assert!(staged.node.kill(Victim::Zerofs));
+    let tried = |n| {
+        let what = format!("the driver has tried {n} times");
+        wait_until(&what, LONG, || driver.log().matches("cannot be settled").count() >= n);
+    };
+    tried(1);
+    assert!(driver.log().contains("step disconnect: /dev/nbd"), "{}", driver.log());
+    client.unpublish("v", &staged.pod).unwrap();
+    assert!(!staged.pod.exists() && !is_well(&client, &other));
+    // Once more, so that its own next try is all that is left to help.
+    tried(2);
+    drop(held);
+    wait_until("the volume is well", LONG, || is_well(&client, &other));
+    assert_holds(&other.join("data"), &bytes, "on the new device");
+    assert!(!staged.pod.exists(), "it was taken away");
+    client.unpublish("v", &other).unwrap();
+    staged.end(driver);
+    assert_eq!(connected(), before);
+}
+
 #[test]
 fn nbd_a_killed_driver_is_no_pause_and_the_next_one_finds_the_keeper_that_died_meanwhile() {
     let node = node();
