@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::host::{Host, Observe, TargetView};
-use crate::journal::{End, Journal, Outcome, Settlement, TaskState, settlement};
+use crate::journal::{End, Journal, Outcome, Run, Settlement, TaskState, settlement};
 use crate::plan::{Plan, Task};
 use crate::step::{Direction, Facts, Step};
 
@@ -92,14 +92,7 @@ impl Engine<'_> {
         let what = settlement(journal.open_run(), wanted);
         let name = journal.open_run().map_or("", |r| r.plan.operation.name());
         if let Some(run) = journal.open_run() {
-            // What it found out next would be wrong a moment later.
-            for task in &run.plan.tasks {
-                if let Step::Mount(mount) = &task.step {
-                    self.host
-                        .finish_mount(&mount.target)
-                        .map_err(|e| e.on(&run.plan.volume).in_step(task.name()))?;
-                }
-            }
+            self.finish_mounts(run)?;
         }
         match what {
             Settlement::Nothing | Settlement::Resume => {}
@@ -114,6 +107,20 @@ impl Engine<'_> {
             Settlement::Abandon => journal.end(End::Abandoned)?,
         }
         Ok(what)
+    }
+
+    /// A mount goes on when its command is killed: what is found before its end is wrong a moment later.
+    fn finish_mounts(&self, run: &Run) -> Result<()> {
+        let Some(device) = &run.facts.device else { return Ok(()) };
+        for (task, state) in run.plan.tasks.iter().zip(&run.states) {
+            if let (Step::Mount(mount), Direction::Apply, TaskState::Started) =
+                (&task.step, task.direction, state)
+            {
+                let done = self.host.finish_mount(&run.plan.volume, device, &mount.target);
+                done.map_err(|e| e.on(&run.plan.volume).in_step(task.name()))?;
+            }
+        }
+        Ok(())
     }
 
     /// The report of a plan that has nothing left to do; none when there is something. Writes no journal: for what is

@@ -358,7 +358,7 @@ fn a_stop_waits_for_a_change_of_the_device_that_is_under_way() {
     signal(pid, Signal::SIGSTOP);
     std::thread::scope(|scope| {
         let resize = scope.spawn(|| client(&v.config).resize());
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(Duration::from_secs(1));
         let stop = scope.spawn(|| stop_with(&v.config, 20.0, false));
         std::thread::sleep(Duration::from_millis(300));
         assert!(!resize.is_finished() && !stop.is_finished(), "{:?}", stop.join());

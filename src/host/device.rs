@@ -21,6 +21,8 @@ use crate::values::VolumeId;
 
 /// For how long the kernel may take to let go of an NBD device.
 const LET_GO: Duration = Duration::from_secs(30);
+/// The same of a dead one, which somebody may hold for as long as they like.
+const LET_GO_DEAD: Duration = Duration::from_secs(10);
 
 /// The connected NBD device that a record means, if the kernel has it and it is ours.
 pub(super) fn of_record(record: &Record, volume: &VolumeId) -> Result<Option<Device>> {
@@ -79,11 +81,15 @@ pub(super) fn view(
 /// Disconnects a device of the direct path whose keeper and server are gone, so that its users get errors and do not wait.
 /// It is free once they have let go.
 pub(super) fn let_fail(run: &Path, volume: &VolumeId) -> Result<()> {
-    let Some(record) = Record::read(run)?.filter(|r| r.path == NbdPath::Direct) else { return Ok(()) };
+    let direct = Record::read(run)?.is_some_and(|r| r.path == NbdPath::Direct);
     // A keeper does it itself.
-    if Identity::read(&run.join(keeper::PID_FILE)).is_some_and(|i| i.is_alive()) {
-        return Ok(());
-    }
+    let keeper = || Identity::read(&run.join(keeper::PID_FILE)).is_some_and(|i| i.is_alive());
+    if direct && !keeper() { end_dead(run, volume) } else { Ok(()) }
+}
+
+/// The same of any dead NBD device, whoever serves it.
+pub(super) fn end_dead(run: &Path, volume: &VolumeId) -> Result<()> {
+    let Some(record) = Record::read(run)? else { return Ok(()) };
     let Some(device) = record.device(&nbd::backend_id(volume))? else { return Ok(()) };
     match nbd::disconnect_and_wait(&device, Duration::from_secs(2)) {
         Err(e) if e.kind() != Kind::Busy => Err(e),
@@ -104,7 +110,7 @@ pub(super) fn disconnect(
         keeper.within(Duration::from_secs(120)).disconnect(dead)?;
     }
     if let Some(device) = record.device(&nbd::backend_id(volume))? {
-        nbd::disconnect_and_wait(&device, LET_GO)?;
+        nbd::disconnect_and_wait(&device, if dead { LET_GO_DEAD } else { LET_GO })?;
     } else if let Some(index) = record.index
         && sysfs::one(index)?.is_some_and(|d| !d.connected)
     {

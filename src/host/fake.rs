@@ -519,10 +519,6 @@ impl Observe for FakeHost {
         Ok(if w.folders.contains(path) { TargetView::EmptyFolder } else { TargetView::Missing })
     }
 
-    fn finish_mount(&self, _: &TargetPath) -> Result<()> {
-        Ok(())
-    }
-
     fn device_users(&self, _: &Path) -> Result<Vec<User>> {
         let w = self.world.borrow();
         let kernel = w.is_unmounting().then(|| User { pid: 0, name: "the kernel".into() });
@@ -899,6 +895,11 @@ impl Host for FakeHost {
             }
             Ok(())
         })
+    }
+
+    fn finish_mount(&self, _: &VolumeId, _: &Device, _: &TargetPath) -> Result<()> {
+        // Here a mount ends with its command.
+        Ok(())
     }
 
     fn finish_unmount(&self, _: &Device) -> Result<()> {

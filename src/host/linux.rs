@@ -897,10 +897,6 @@ impl Observe for LinuxHost {
         Ok(if entries.next().is_none() { TargetView::EmptyFolder } else { TargetView::FullFolder })
     }
 
-    fn finish_mount(&self, target: &TargetPath) -> Result<()> {
-        self.wait_for_mount(target.as_path())
-    }
-
     fn device_users(&self, device: &Path) -> Result<Vec<User>> {
         let begun = Instant::now();
         loop {
@@ -1367,6 +1363,10 @@ impl Host for LinuxHost {
 
     fn finish_unmount(&self, device: &Device) -> Result<()> {
         self.wait_for_unmount(&device.path)
+    }
+
+    fn finish_mount(&self, volume: &VolumeId, device: &Device, target: &TargetPath) -> Result<()> {
+        self.wait_for_mount(volume, &device.path, target.as_path())
     }
 
     fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()> {

@@ -378,9 +378,6 @@ pub trait Observe {
     /// Which transport an attach would take that asks for `wanted`; an error, with what is missing, where that cannot
     /// work. It loads no module, but counts on one that can be loaded.
     fn transport(&self, wanted: Transport) -> Result<Transport>;
-    /// Waits for the end of a mount(8) at `target`, which goes on when the command that began it is killed: until then the
-    /// mount is in no table. An error when that takes too long, and not by force. Nothing to do where there is none.
-    fn finish_mount(&self, target: &TargetPath) -> Result<()>;
     /// Who uses the device besides its mounts in this namespace: openers, other mount namespaces, holders.
     fn device_users(&self, device: &Path) -> Result<Vec<User>>;
     /// An error if this machine cannot grow that filesystem while it is mounted.
@@ -464,6 +461,9 @@ pub trait Host: Observe {
     /// Waits for the end of an unmount of the device that an earlier command began, as [`unmount`](Self::unmount) does:
     /// it may be an error, and by force the device is failed. Nothing to do where there is none.
     fn finish_unmount(&self, device: &Device) -> Result<()>;
+    /// Waits in the same way for the end of a mount(8) of the device, which goes on when the command that began it is killed:
+    /// until then the mount is in no table. A dead device is made to fail first. Nothing to do where there is none.
+    fn finish_mount(&self, volume: &VolumeId, device: &Device, target: &TargetPath) -> Result<()>;
     /// Grows the mounted filesystem to the device's size.
     fn grow_filesystem(&self, device: &Device, fs: FsType, target: &Path) -> Result<()>;
     /// Grows an unmounted ext4 to the device's size.

@@ -831,7 +831,7 @@ impl Supervisor {
         {
             let Some(_mounting) = self.shared.try_mounting() else {
                 if asked.elapsed() < MOUNTING_LIMIT {
-                    return self.stop_later(options, asked, reply);
+                    return self.later(asked, Event::Stop(options, asked, reply));
                 }
                 let e = Error::new(Kind::Busy, "the volume's device or FUSE file is being changed")
                     .hint("run the same command again");
@@ -887,15 +887,15 @@ impl Supervisor {
         if options.force { self.force_stop() } else { self.advance_stop() }
     }
 
-    /// Asks again as soon as nobody changes the device. Never waited for here: whoever changes it may wait for I/O, and
-    /// I/O may wait for us.
-    fn stop_later(&self, options: StopOptions, asked: Instant, reply: Sender<Answer>) {
+    /// The same event again, as soon as nobody changes the device. Never waited for here: whoever changes it may wait for
+    /// I/O, and I/O may wait for us.
+    fn later(&self, asked: Instant, event: Event) {
         let shared = Arc::clone(&self.shared);
-        let spawned = thread("stop", move || {
+        let spawned = thread("later", move || {
             while shared.try_mounting().is_none() && asked.elapsed() < MOUNTING_LIMIT {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            let _ = shared.events.send(Event::Stop(options, asked, reply));
+            let _ = shared.events.send(event);
         });
         if let Err(e) = spawned {
             warn!("cannot start a thread: {e}");
@@ -1086,7 +1086,12 @@ impl Supervisor {
     /// SIGTERM to the keeper. At a shutdown it may come before the filesystems are unmounted, and then the
     /// device must live on.
     fn terminate_signal(&mut self) {
-        if self.shared.fuse_mounted() || self.shared.device.is_connected() {
+        if self.shared.try_mounting().is_none() {
+            // Whether it is in use turns out after that.
+            return self.later(Instant::now(), Event::Terminate);
+        }
+        // Whoever holds a failed device still has it.
+        if self.shared.fuse_mounted() || self.shared.device.record().is_some() {
             warn!("SIGTERM is ignored, since the volume is in use; flushing. Use zerofsctl detach.");
             let (events, data) = (self.shared.events.clone(), self.shared.data.clone());
             let _ = thread("flush", move || {

@@ -109,11 +109,6 @@ pub fn unpublish(
 ) -> Result<Option<RunReport>> {
     let mut journal = open(engine, run_dir, volume)?;
     let result = (|| {
-        // To undo what was cut short may mean to wait for the device. Taking a place away never does.
-        if journal.open_run().is_some() {
-            revive(engine, volume)?;
-        }
-        let open = journal.open_run();
         let is_gone = |run: &Run| {
             run.plan.operation == Operation::Detach
                 && run.plan.tasks.iter().zip(&run.states).any(|(task, state)| {
@@ -121,11 +116,18 @@ pub fn unpublish(
                         && matches!(state, TaskState::Settled(_))
                 })
         };
-        if open.is_some_and(is_gone) {
+        if let Some(run) = journal.open_run().filter(|run| is_gone(run)) {
             // The rest of that detach may wait for others that hold the device.
+            if run.states.iter().all(|state| matches!(state, TaskState::Settled(_))) {
+                journal.end(End::Done)?;
+            }
             return Ok(None);
         }
-        let clears = open.is_some_and(|run| run.plan.operation == Operation::Clear);
+        // To undo what was cut short may mean to wait for the device. Taking a place away never does.
+        if journal.open_run().is_some() {
+            revive(engine, volume)?;
+        }
+        let clears = journal.open_run().is_some_and(|run| run.plan.operation == Operation::Clear);
         if clears && engine.host.device(volume).map_err(|e| e.on(volume))?.life == Life::Dead {
             // It ends when nobody holds the failed device any more, which whoever leaves does not wait for. The next
             // command that needs the device begins anew with it.

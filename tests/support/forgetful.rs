@@ -30,8 +30,10 @@ pub struct Disk {
     pub open_streams: Vec<UnixStream>,
     /// Reads give zeros, the rest EIO; flush says OK.
     pub closed: bool,
-    /// Replies go out in pieces of all sizes, and the server may be stopped between two of them.
+    /// Replies go out in pieces of all sizes.
     pub in_pieces: bool,
+    /// The server stops by itself when so much of a reply has gone out, once.
+    pub stop_after: Option<usize>,
     /// How many chunks of 32 KiB such a read still has, at its beginning.
     pub cached: usize,
     /// Flush says OK and does nothing, and admits it.
@@ -162,19 +164,28 @@ fn serve(
             }
         }
         let in_pieces = disk.in_pieces;
+        let stop_after = disk.stop_after.take_if(|n| *n < out.len());
         drop(disk);
         let reply = SimpleReply { error, cookie: request.cookie };
         let bytes = [&reply.encode()[..], &out].concat();
-        let mut rest = &bytes[..];
+        let (mut rest, mut sent) = (&bytes[..], 0);
         let mut rng = StdRng::seed_from_u64(request.cookie);
-        while in_pieces && !rest.is_empty() {
+        while !rest.is_empty() {
             let most = [1, 300, CHUNK, 8 * CHUNK][rng.random_range(0..4)];
-            let (piece, next) = rest.split_at(rng.random_range(1..=most).min(rest.len()));
+            let mut len = if in_pieces { rng.random_range(1..=most).min(rest.len()) } else { rest.len() };
+            if let Some(stop) = stop_after
+                && sent < stop
+            {
+                len = len.min(stop - sent);
+            }
+            let (piece, next) = rest.split_at(len);
             s.write_all(piece).ok()?;
-            rest = next;
+            (rest, sent) = (next, sent + len);
+            if stop_after == Some(sent) {
+                *stopped.0.lock().unwrap() = true;
+            }
             wait_while_stopped(stopped);
         }
-        s.write_all(rest).ok()?;
     }
 }
 

@@ -9,8 +9,11 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::cli::{Answer, Node, assert_holds, pattern, write_durably};
+use super::cli::{Answer, Node, Victim, assert_holds, pattern, write_durably};
 use super::wait_until;
+
+/// Long enough for any machine.
+const LONG: Duration = Duration::from_secs(60);
 
 /// The filesystem has nothing left to write, and yet writes that it is clean when it is unmounted: the detach is
 /// given up, the next one finds what it left under way, and it ends by itself, or by force.
@@ -90,16 +93,29 @@ pub fn a_mount_that_outlives_its_command(node: &Node, transport: &str) {
     fs::write(&mount, script).expect("a new file");
     fs::set_permissions(&mount, fs::Permissions::from_mode(0o755)).expect("it is ours");
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("there is one"));
-    for next in [&["recover", "vol1"][..], &words, &["detach", "vol1"]] {
-        let mut command =
-            node.command(&words).env("PATH", &path).stderr(Stdio::null()).spawn().expect("it starts");
-        wait_until("it mounts", Duration::from_secs(30), || here.exists());
+    // An attach that is killed in its mount, which waits for the storage: that ZeroFS.
+    let killed = |words: &[&str]| {
+        let mut command = node.command(words);
+        let mut command = command.env("PATH", &path).stderr(Stdio::null()).spawn().expect("it starts");
+        wait_until("it mounts", LONG, || here.exists());
         let zerofs = Pid::from_raw(node.processes().1[0]);
         kill(zerofs, Signal::SIGSTOP).expect("it runs");
         fs::write(&go, "").expect("a new file");
-        std::thread::sleep(Duration::from_millis(300));
+        wait_until("its mount waits in the kernel", LONG, || waits_in_mount(&target));
         command.kill().expect("it waits");
         command.wait().expect("it was killed");
+        fs::remove_file(&here).and_then(|()| fs::remove_file(&go)).expect("they are ours");
+        zerofs
+    };
+    let whole = || {
+        node.ok(&words);
+        node.assert_attached("vol1", &[&target], "after a mount that went on alone");
+        assert_holds(&file, &bytes, "after a mount that went on alone");
+        node.ok(&["detach", "vol1"]);
+        node.assert_nothing_left("after a mount that went on alone");
+    };
+    for next in [&["recover", "vol1"][..], &words, &["detach", "vol1"]] {
+        let zerofs = killed(&words);
         std::thread::scope(|scope| {
             let answer = scope.spawn(|| node.run(next));
             std::thread::sleep(Duration::from_millis(700));
@@ -108,11 +124,36 @@ pub fn a_mount_that_outlives_its_command(node: &Node, transport: &str) {
             let answer = answer.join().expect("no panic").expect_code(0);
             assert!(waits, "{answer:?}");
         });
-        node.ok(&words);
-        node.assert_attached("vol1", &[&target], "after a mount that went on alone");
-        assert_holds(&file, &bytes, "after a mount that went on alone");
-        node.ok(&["detach", "vol1"]);
-        node.assert_nothing_left("after a mount that went on alone");
-        fs::remove_file(&here).and_then(|()| fs::remove_file(&go)).expect("they are ours");
+        whole();
     }
+    // By force it is not waited for any longer than was said; the stop of ZeroFS that follows needs it, though.
+    let force = ["detach", "vol1", "--force", "--stop-timeout", "2s"];
+    let zerofs = killed(&words);
+    std::thread::scope(|scope| {
+        let answer = scope.spawn(|| node.run(&force));
+        wait_until("the mount has ended", LONG, || !waits_in_mount(&target));
+        kill(zerofs, Signal::SIGCONT).expect("it still runs");
+        let answer = answer.join().expect("no panic").expect_code(0);
+        assert!(answer.stderr.contains("is failed by force"), "{answer:?}");
+    });
+    whole();
+    if transport == "nbd" {
+        // The kernel would hold the I/O of a dead device for a while yet.
+        for path in ["guarded", "direct"] {
+            killed(&[&words[..], &["--path", path]].concat());
+            assert!(node.kill(Victim::Both));
+            node.ok(&["recover", "vol1"]);
+            whole();
+        }
+    }
+}
+
+/// Whether a mount(8) at this place is in the kernel, and waits there.
+fn waits_in_mount(target: &str) -> bool {
+    let all = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+    all.map(|entry| entry.path()).any(|process| {
+        let line = fs::read_to_string(process.join("cmdline")).unwrap_or_default();
+        let stat = fs::read_to_string(process.join("stat")).unwrap_or_default();
+        line.starts_with("/bin/mount\0") && line.ends_with(&format!("\0{target}\0")) && stat.contains(") D ")
+    })
 }

@@ -16,9 +16,10 @@ use super::LinuxHost;
 use crate::apart;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::programs::{self, Program};
-use crate::host::{MountEntry, loopdev, mounts, nbd, users, utab};
+use crate::host::{Life, MountEntry, Observe, loopdev, mounts, nbd, users, utab};
 use crate::keeper;
 use crate::keeper::process::{Identity, Process};
+use crate::values::VolumeId;
 
 /// How long an unmount may go on after its device has been failed.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(30);
@@ -68,10 +69,14 @@ impl LinuxHost {
             nix::mount::umount2(target, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| errno as i32)
         };
         let mut apart = apart::start(&format!("unmount {}", target.display()), unmount)?;
-        let (result, dead) =
-            self.to_its_end(target, source, patience, dead, &|| Ok(()), &mut |limit, waits| {
-                apart.wait(limit, waits)
-            })?;
+        let (result, dead) = self.to_its_end(
+            What::Unmount(target),
+            source,
+            patience,
+            dead,
+            &|| Ok(()),
+            &mut |limit, waits| apart.wait(limit, waits),
+        )?;
         unmounted(result, target, dead)
     }
 
@@ -82,65 +87,33 @@ impl LinuxHost {
         }
         let Some(pid) = under_way(device) else { return Ok(()) };
         let source = device.to_str();
-        let mut wait = |limit, waits: &mut dyn FnMut(Duration)| {
-            let begun = Instant::now();
-            while is_unmounting(pid, device) {
-                if begun.elapsed() >= limit {
-                    return Ok(None);
-                }
-                waits(begun.elapsed());
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            Ok(Some(()))
-        };
-        // A name is no proof, and by force the device is failed: nobody else may have it.
-        let may_fail = || {
-            let mounted = mounts::table("self")?.into_iter().find(|m| Some(&*m.source) == source);
-            let users: Vec<_> = users::of_device(device)?.into_iter().filter(|u| u.pid != 0).collect();
-            let by = match mounted {
-                Some(mount) => format!("mounted at {}", mount.target.display()),
-                None if !users.is_empty() => format!("in use by {}", users::list(&users)),
-                None => return Ok(()),
-            };
-            Err(Error::new(Kind::Busy, format!("{} is {by}", device.display())).hint(format!(
-                "end who uses it, then run the same command again: fuser -vm {}",
-                device.display()
-            )))
-        };
-        self.to_its_end(device, source, self.patience, false, &may_fail, &mut wait).map(drop)
+        let mut wait =
+            |limit, waits: &mut dyn FnMut(Duration)| wait_while(&|| is_unmounting(pid, device), limit, waits);
+        let may_fail = || may_fail(device);
+        self.to_its_end(What::Unmount(device), source, self.patience, false, &may_fail, &mut wait).map(drop)
     }
 
-    /// See [`Observe::finish_mount`](crate::host::Observe::finish_mount).
-    pub(super) fn wait_for_mount(&self, target: &Path) -> Result<()> {
-        let Some(pid) = users::pids().find(|pid| is_mounting(*pid, target)) else { return Ok(()) };
-        let begun = Instant::now();
-        while is_mounting(pid, target) {
-            if begun.elapsed() >= self.patience {
-                if self.force {
-                    return Ok(());
-                }
-                return Err(Error::new(
-                    Kind::Interrupted,
-                    format!(
-                        "mount (process {pid}), which an earlier command began at {}, does not end within {} s: its storage does not answer",
-                        target.display(),
-                        self.patience.as_secs()
-                    ),
-                )
-                .hint("see why: zerofsctl list; then run the same command again"));
-            }
-            let limit = Some(self.patience.as_secs());
-            (self.progress)("wait for an earlier mount", begun.elapsed().as_secs(), limit);
-            std::thread::sleep(Duration::from_millis(20));
+    /// See [`Host::finish_mount`](crate::host::Host::finish_mount).
+    pub(super) fn wait_for_mount(&self, volume: &VolumeId, device: &Path, target: &Path) -> Result<()> {
+        let Some(pid) = users::pids().find(|pid| is_mounting(*pid, device, target)) else { return Ok(()) };
+        let dead = self.device(volume)?.life == Life::Dead;
+        if dead {
+            // The kernel may still hold its I/O.
+            super::super::device::end_dead(&self.dirs.volume_run(volume), volume)?;
         }
-        Ok(())
+        let mut wait = |limit, waits: &mut dyn FnMut(Duration)| {
+            wait_while(&|| is_mounting(pid, device, target), limit, waits)
+        };
+        let may_fail = || may_fail(device);
+        self.to_its_end(What::Mount(target), device.to_str(), self.patience, dead, &may_fail, &mut wait)
+            .map(drop)
     }
 
-    /// Waits for an unmount, and by force, when it takes too long, ends what it waits for. Gives what came of it, and
-    /// whether the device only gave errors by then.
+    /// Waits for a mount or an unmount, and by force, when it takes too long, ends what it waits for. Gives what came of it,
+    /// and whether the device only gave errors by then.
     fn to_its_end<T>(
         &self,
-        what: &Path,
+        what: What<'_>,
         source: Option<&str>,
         patience: Duration,
         dead: bool,
@@ -149,21 +122,13 @@ impl LinuxHost {
     ) -> Result<(T, bool)> {
         let limit = if dead { UNMOUNT_LIMIT } else { patience };
         let mut waits = |elapsed: Duration| {
-            (self.progress)("unmount it", elapsed.as_secs(), Some(limit.as_secs()));
+            (self.progress)(what.doing(), elapsed.as_secs(), Some(limit.as_secs()));
         };
         if let Some(result) = wait(limit, &mut waits)? {
             return Ok((result, dead));
         }
         if !dead && !self.force {
-            return Err(Error::new(
-                Kind::Interrupted,
-                format!(
-                    "{} is not unmounted within {} s: its storage does not take the last writes",
-                    what.display(),
-                    self.patience.as_secs()
-                ),
-            )
-            .hint("see why: zerofsctl list; nothing is lost, and the unmount ends by itself once the storage takes data: run the same command again then, or lose what is only cached: detach --force"));
+            return Err(what.waits(self.patience));
         }
         if !dead {
             may_fail()?;
@@ -175,8 +140,8 @@ impl LinuxHost {
         Err(Error::new(
             Kind::Interrupted,
             format!(
-                "{} is not unmounted within {} s, although its device only gives errors",
-                what.display(),
+                "{} within {} s, although its device only gives errors",
+                what.undone(),
                 UNMOUNT_LIMIT.as_secs()
             ),
         )
@@ -263,13 +228,72 @@ fn unmounted(result: Result<(), i32>, target: &Path, dead: bool) -> Result<()> {
     }
 }
 
-/// Whether the process is a mount(8) at this place, by its arguments, of which the kernel forgets those of a dead one.
-fn is_mounting(pid: u32, target: &Path) -> bool {
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let mut args = line.strip_suffix(b"\0").unwrap_or_default().split(|b| *b == 0);
-    let program = args.next().map(|arg| Path::new(OsStr::from_bytes(arg)));
-    program.is_some_and(|program| program.ends_with(Program::Mount.names().0))
-        && args.next_back() == Some(target.as_os_str().as_bytes())
+/// What is waited for: an unmount of a place or a device, or a mount at a place.
+#[derive(Clone, Copy)]
+enum What<'a> {
+    Unmount(&'a Path),
+    Mount(&'a Path),
+}
+
+impl What<'_> {
+    fn doing(self) -> &'static str {
+        match self {
+            What::Unmount(_) => "unmount it",
+            What::Mount(_) => "wait for an earlier mount",
+        }
+    }
+
+    fn undone(self) -> String {
+        match self {
+            What::Unmount(what) => format!("{} is not unmounted", what.display()),
+            What::Mount(target) => format!("an earlier mount at {} does not end", target.display()),
+        }
+    }
+
+    /// The storage does not answer.
+    fn waits(self, patience: Duration) -> Error {
+        let (why, hint) = match self {
+            What::Unmount(_) => (
+                "its storage does not take the last writes",
+                "see why: zerofsctl list; nothing is lost, and the unmount ends by itself once the storage takes data: run the same command again then, or lose what is only cached: detach --force",
+            ),
+            What::Mount(_) => (
+                "its storage does not answer",
+                "see why: zerofsctl list; run the same command again once the storage answers, or give the device up: detach --force",
+            ),
+        };
+        let message = format!("{} within {} s: {why}", self.undone(), patience.as_secs());
+        Error::new(Kind::Interrupted, message).hint(hint)
+    }
+}
+
+fn wait_while(
+    goes_on: &dyn Fn() -> bool,
+    limit: Duration,
+    waits: &mut dyn FnMut(Duration),
+) -> Result<Option<()>> {
+    let begun = Instant::now();
+    while goes_on() {
+        if begun.elapsed() >= limit {
+            return Ok(None);
+        }
+        waits(begun.elapsed());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(Some(()))
+}
+
+/// A name is no proof, and by force the device is failed: nobody else may have it.
+fn may_fail(device: &Path) -> Result<()> {
+    let mounted = mounts::table("self")?.into_iter().find(|m| Path::new(&m.source) == device);
+    let users: Vec<_> = users::of_device(device)?.into_iter().filter(|u| u.pid != 0).collect();
+    let by = match mounted {
+        Some(mount) => format!("mounted at {}", mount.target.display()),
+        None if !users.is_empty() => format!("in use by {}", users::list(&users)),
+        None => return Ok(()),
+    };
+    Err(Error::new(Kind::Busy, format!("{} is {by}", device.display()))
+        .hint(format!("end who uses it, then run the same command again: fuser -vm {}", device.display())))
 }
 
 /// What the process is called that unmounts a device.
@@ -285,13 +309,29 @@ fn under_way(device: &Path) -> Option<u32> {
 }
 
 fn is_unmounting(pid: u32, device: &Path) -> bool {
+    process_name(device).is_some_and(|name| is_called(pid, &name))
+}
+
+/// Whether the process is a mount(8) of this device at this place.
+fn is_mounting(pid: u32, device: &Path, target: &Path) -> bool {
+    // Asked first: the arguments of a process are read with its help.
+    if !is_called(pid, Program::Mount.names().0) {
+        return false;
+    }
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut args = line.strip_suffix(b"\0").unwrap_or_default().rsplit(|b| *b == 0);
+    args.next() == Some(target.as_os_str().as_bytes()) && args.next() == Some(device.as_os_str().as_bytes())
+}
+
+/// Whether the process has this name, and is root's and not over.
+fn is_called(pid: u32, name: &str) -> bool {
     let is_it = || {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
         let over = field("State:")?.starts_with(['Z', 'X']);
         // Real, effective and all the others: no program of another user's that is root for a while.
         let root = field("Uid:")?.split_whitespace().all(|id| id == "0");
-        Some(field("Name:")? == process_name(device)? && root && !over)
+        Some(field("Name:")? == name && root && !over)
     };
     is_it() == Some(true)
 }
