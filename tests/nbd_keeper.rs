@@ -533,7 +533,7 @@ fn large_reads(zeros_when_closed: bool) {
     }
     let mut server = Some(bench.server());
     let mut kernels = bench.sockets(2, false);
-    for round in 0..30 {
+    for round in 0..18 {
         bench.disk.lock().unwrap().in_pieces = round % 2 == 1;
         let mut asked = [HashMap::new(), HashMap::new()];
         for (kernel, asked) in kernels.iter_mut().zip(&mut asked) {
@@ -593,7 +593,7 @@ fn the_rest_of_a_large_read_that_was_given_up_is_dropped() {
         let server = bench.server();
         let mut kernels = bench.sockets(1, false);
         let kernel = &mut kernels[0];
-        for sent in [10, 5000, 70_000, 500_000, MIB - 700] {
+        for sent in [5000, 500_000, MIB - 700] {
             bench.disk.lock().unwrap().stop_after = Some(sent);
             let given_up = kernel.ask(Command::Read, 0, MIB, &[]).map(|data| data.len());
             assert_eq!(given_up, Err(libc::EIO as u32), "after {sent} bytes");
