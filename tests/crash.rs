@@ -112,6 +112,18 @@ impl Machine {
         ops::publish::unpublish(&self.engine(), self.run_dir.path(), &volume(), &target(at)).map(drop)
     }
 
+    /// Written to, at `/a`, and in `/pod` and `/other`.
+    fn attach_with_two_pods(&self) {
+        self.attach("/a").unwrap();
+        self.publish("/pod").unwrap();
+        self.publish("/other").unwrap();
+        self.host.write(1);
+    }
+
+    fn let_other_pod_hold(&self) {
+        self.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+    }
+
     fn recover(&self) -> Result<()> {
         ops::recover::recover(&self.engine(), self.run_dir.path(), &volume()).map(drop)
     }
@@ -224,10 +236,7 @@ const CASES: &[Case] = &[
     Case {
         name: "recover of a volume with pods",
         before: |m| {
-            m.attach("/a").unwrap();
-            m.publish("/pod").unwrap();
-            m.publish("/other").unwrap();
-            m.host.write(1);
+            m.attach_with_two_pods();
             m.host.kill_keeper();
         },
         command: Machine::recover,
@@ -253,10 +262,7 @@ const CASES: &[Case] = &[
     Case {
         name: "unpublish after the keeper was killed",
         before: |m| {
-            m.attach("/a").unwrap();
-            m.publish("/pod").unwrap();
-            m.publish("/other").unwrap();
-            m.host.write(1);
+            m.attach_with_two_pods();
             m.host.kill_keeper();
         },
         command: |m| {
@@ -396,10 +402,7 @@ const CASES: &[Case] = &[
     Case {
         name: "unpublish of one of two",
         before: |m| {
-            m.attach("/a").unwrap();
-            m.publish("/pod").unwrap();
-            m.publish("/other").unwrap();
-            m.host.write(1);
+            m.attach_with_two_pods();
         },
         command: |m| m.unpublish("/pod"),
         after: |m, when| {
@@ -410,13 +413,10 @@ const CASES: &[Case] = &[
     Case {
         name: "unpublish while another pod holds the failed device",
         before: |m| {
-            m.attach("/a").unwrap();
-            m.publish("/pod").unwrap();
-            m.publish("/other").unwrap();
-            m.host.write(1);
+            m.attach_with_two_pods();
             m.host.kill_keeper();
             m.host.kill_zerofs();
-            m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+            m.let_other_pod_hold();
         },
         command: |m| {
             // What the driver does by itself; that the device is held is no matter of the pod that goes.
@@ -557,10 +557,7 @@ fn what_is_taken_away_while_it_is_awaited_does_not_come_back() {
     quiet_kills();
     for instant in 0.. {
         let m = Machine::new(FUSE);
-        m.attach("/a").unwrap();
-        m.publish("/pod").unwrap();
-        m.publish("/other").unwrap();
-        m.host.write(1);
+        m.attach_with_two_pods();
         m.host.kill_keeper();
         m.host.kill_at(Some(instant));
         let killed = m.killed(&Machine::recover);
@@ -762,12 +759,9 @@ fn a_place_on_a_failed_device_of_the_direct_path_brings_it_back_first() {
 #[test]
 fn a_pod_leaves_a_failed_device_that_another_one_still_holds() {
     let m = Machine::new(DIRECT);
-    m.attach("/a").unwrap();
-    m.publish("/pod").unwrap();
-    m.publish("/other").unwrap();
-    m.host.write(1);
+    m.attach_with_two_pods();
     m.host.kill_zerofs();
-    m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+    m.let_other_pod_hold();
     for _ in 0..2 {
         assert_eq!(m.recover().unwrap_err().kind(), Kind::Busy);
         m.unpublish("/pod").unwrap();
@@ -784,13 +778,10 @@ fn a_pod_leaves_a_failed_device_that_another_one_still_holds() {
 #[test]
 fn a_pod_that_leaves_a_harmed_filesystem_does_not_end_its_clear_up() {
     let m = Machine::new(NBD);
-    m.attach("/a").unwrap();
-    m.publish("/pod").unwrap();
-    m.publish("/other").unwrap();
-    m.host.write(1);
+    m.attach_with_two_pods();
     m.host.kill_keeper();
     m.host.time_out();
-    m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+    m.let_other_pod_hold();
     assert_eq!(m.recover().unwrap_err().kind(), Kind::Busy);
     assert_eq!(m.unpublish("/pod").unwrap_err().kind(), Kind::Busy);
     assert_eq!(m.recover().unwrap_err().kind(), Kind::Busy);
@@ -807,12 +798,9 @@ fn a_pod_that_leaves_a_harmed_filesystem_does_not_end_its_clear_up() {
 #[test]
 fn a_pod_leaves_while_a_detach_waits_for_another_one() {
     let m = Machine::new(DIRECT);
-    m.attach("/a").unwrap();
-    m.publish("/pod").unwrap();
-    m.publish("/other").unwrap();
-    m.host.write(1);
+    m.attach_with_two_pods();
     m.host.kill_zerofs();
-    m.host.set_users(vec![User { pid: 42, name: "of the other pod".into() }]);
+    m.let_other_pod_hold();
     assert_eq!(m.detach().unwrap_err().kind(), Kind::Busy);
     m.unpublish("/pod").unwrap();
     m.host.set_users(vec![]);

@@ -19,11 +19,6 @@ use crate::keeper::device::{RECORD, Record};
 use crate::keeper::process::Identity;
 use crate::values::VolumeId;
 
-/// For how long the kernel may take to let go of an NBD device.
-const LET_GO: Duration = Duration::from_secs(30);
-/// The same of a dead one, which somebody may hold for as long as they like.
-const LET_GO_DEAD: Duration = Duration::from_secs(10);
-
 /// The connected NBD device that a record means, if the kernel has it and it is ours.
 pub(super) fn of_record(record: &Record, volume: &VolumeId) -> Result<Option<Device>> {
     let ours = record.device(&nbd::backend_id(volume))?;
@@ -110,7 +105,7 @@ pub(super) fn disconnect(
         keeper.within(Duration::from_secs(120)).disconnect(dead)?;
     }
     if let Some(device) = record.device(&nbd::backend_id(volume))? {
-        nbd::disconnect_and_wait(&device, if dead { LET_GO_DEAD } else { LET_GO })?;
+        nbd::disconnect_and_wait(&device, if dead { nbd::LET_GO_FAILED_LIMIT } else { nbd::LET_GO_LIMIT })?;
     } else if let Some(index) = record.index
         && sysfs::one(index)?.is_some_and(|d| !d.connected)
     {

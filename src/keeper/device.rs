@@ -54,10 +54,6 @@ const LOOK_AFTER_DIRECT: Duration = Duration::from_secs(24 * 3600);
 const MENDS: usize = 20;
 /// How long a flush before a disconnect may take.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
-/// How long the kernel may take to let go of a device.
-const LET_GO_LIMIT: Duration = Duration::from_secs(30);
-/// The same of a device that has failed, which somebody may hold for as long as they like.
-const LET_GO_FAILED_LIMIT: Duration = Duration::from_secs(10);
 /// How long new I/O waits for what an earlier keeper owes to the kernel.
 const OWED_LIMIT: Duration = Duration::from_millis(500);
 /// How long a look at the queue may take before a hand-over.
@@ -592,7 +588,8 @@ impl Shared {
                 if !force && record.failed.is_none() {
                     self.flush_device(index)?;
                 }
-                let limit = if record.failed.is_some() { LET_GO_FAILED_LIMIT } else { LET_GO_LIMIT };
+                let limit =
+                    if record.failed.is_some() { nbd::LET_GO_FAILED_LIMIT } else { nbd::LET_GO_LIMIT };
                 nbd::disconnect_and_wait(&device, limit)?;
                 info!("/dev/nbd{index} is disconnected");
             }
@@ -702,7 +699,7 @@ impl Shared {
             "/dev/nbd{} fails: {why}; what was not flushed is lost. Detach the volume, and attach it again",
             device.index
         );
-        if let Err(e) = nbd::disconnect_and_wait(&device, LET_GO_FAILED_LIMIT) {
+        if let Err(e) = nbd::disconnect_and_wait(&device, nbd::LET_GO_FAILED_LIMIT) {
             error!("{e}");
         }
     }

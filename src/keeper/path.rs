@@ -1197,6 +1197,10 @@ struct Piped {
     samples: Option<Samples>,
 }
 
+fn cannot_receive(e: nix::Error) -> String {
+    format!("cannot receive from the server: {e}")
+}
+
 /// What came of taking data into the pipe.
 #[derive(Debug, PartialEq)]
 enum Filled {
@@ -1367,7 +1371,7 @@ impl Receiver {
             Ok(n) => buffer.filled += n,
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
             Err(e) => {
-                shared.lost(conn.id, &format!("cannot receive from the server: {e}"));
+                shared.lost(conn.id, &cannot_receive(e));
                 return None;
             }
         }
@@ -1490,7 +1494,7 @@ impl Receiver {
                     Ok(n) if samples.see(&sample[..n]) => sure = true,
                     Ok(_) => return Ok(Filled::Unfit),
                     Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Drained),
-                    Err(e) => return Err(format!("cannot receive from the server: {e}")),
+                    Err(e) => return Err(cannot_receive(e)),
                 }
             }
             most = most.min(samples.may_pass() as usize);
@@ -1501,7 +1505,7 @@ impl Receiver {
             // The pipe is full.
             Err(nix::Error::EAGAIN) if sure => return Ok(Filled::Unfit),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Filled::Drained),
-            Err(e) => return Err(format!("cannot receive from the server: {e}")),
+            Err(e) => return Err(cannot_receive(e)),
         };
         piped.left -= n;
         if let Some(samples) = &mut piped.samples {

@@ -30,12 +30,12 @@ pub struct Disk {
     pub open_streams: Vec<UnixStream>,
     /// Reads give zeros, the rest EIO; flush says OK.
     pub closed: bool,
+    /// How many chunks of 32 KiB such a read still has, at its beginning.
+    pub cached: usize,
     /// Replies go out in pieces of all sizes.
     pub in_pieces: bool,
     /// The server stops by itself when so much of a reply has gone out, once.
     pub stop_after: Option<usize>,
-    /// How many chunks of 32 KiB such a read still has, at its beginning.
-    pub cached: usize,
     /// Flush says OK and does nothing, and admits it.
     pub lies: bool,
     pub admitted: Option<Instant>,

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -25,10 +25,8 @@ pub fn an_unmount_without_storage(node: &Node, transport: &str) {
     let (file, bytes) = (Path::new(&target).join("data"), pattern(4, 1 << 20));
     write_durably(&file, &bytes);
     // A sync that finds nothing to do.
-    let programs = node.dir.join("programs");
-    fs::create_dir(&programs).expect("a new folder");
+    let (programs, path) = own_programs(node);
     std::os::unix::fs::symlink("/bin/true", programs.join("sync")).expect("a new link");
-    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("there is one"));
     let detach = |what: &str, words: &[&str]| {
         let words = [&["detach", what, "--stop-timeout", "3s"], words].concat();
         Answer::of(node.command(&words).env("PATH", &path))
@@ -82,8 +80,7 @@ pub fn a_mount_that_outlives_its_command(node: &Node, transport: &str) {
     write_durably(&file, &bytes);
     node.ok(&["detach", "vol1"]);
     // It is held up until the storage is stopped.
-    let programs = node.dir.join("programs");
-    fs::create_dir(&programs).expect("a new folder");
+    let (programs, path) = own_programs(node);
     let (here, go, mount) = (programs.join("here"), programs.join("go"), programs.join("mount"));
     let script = format!(
         "#!/bin/sh\n: > {}\nwhile [ ! -e {} ]; do sleep 0.01; done\nexec /bin/mount \"$@\"\n",
@@ -92,7 +89,6 @@ pub fn a_mount_that_outlives_its_command(node: &Node, transport: &str) {
     );
     fs::write(&mount, script).expect("a new file");
     fs::set_permissions(&mount, fs::Permissions::from_mode(0o755)).expect("it is ours");
-    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("there is one"));
     // An attach that is killed in its mount, which waits for the storage: that ZeroFS.
     let killed = |words: &[&str]| {
         let mut command = node.command(words);
@@ -146,6 +142,14 @@ pub fn a_mount_that_outlives_its_command(node: &Node, transport: &str) {
             whole();
         }
     }
+}
+
+/// A new folder for programs that come before those of the system, and the PATH for that.
+fn own_programs(node: &Node) -> (PathBuf, String) {
+    let programs = node.dir.join("programs");
+    fs::create_dir(&programs).expect("a new folder");
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("there is one"));
+    (programs, path)
 }
 
 /// Whether a mount(8) at this place is in the kernel, and waits there.

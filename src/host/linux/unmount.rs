@@ -16,7 +16,7 @@ use super::LinuxHost;
 use crate::apart;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::host::programs::{self, Program};
-use crate::host::{Life, MountEntry, Observe, loopdev, mounts, nbd, users, utab};
+use crate::host::{Life, MountEntry, Observe, device, loopdev, mounts, nbd, users, utab};
 use crate::keeper;
 use crate::keeper::process::{Identity, Process};
 use crate::values::VolumeId;
@@ -99,7 +99,7 @@ impl LinuxHost {
         let dead = self.device(volume)?.life == Life::Dead;
         if dead {
             // The kernel may still hold its I/O.
-            super::super::device::end_dead(&self.dirs.volume_run(volume), volume)?;
+            device::end_dead(&self.dirs.volume_run(volume), volume)?;
         }
         let mut wait = |limit, waits: &mut dyn FnMut(Duration)| {
             wait_while(&|| is_mounting(pid, device, target), limit, waits)

@@ -175,6 +175,11 @@ pub fn disconnect_within(index: u32, limit: Duration) -> Result<bool> {
     told.recv_timeout(limit).map_or(Ok(false), |done| done.map(|()| true))
 }
 
+/// How long the kernel may take to let go of a device that nobody uses.
+pub const LET_GO_LIMIT: Duration = Duration::from_secs(30);
+/// The same of a device that has failed, which somebody may hold for as long as they like.
+pub const LET_GO_FAILED_LIMIT: Duration = Duration::from_secs(10);
+
 /// Disconnects a device and waits up to `limit` until the kernel has let go of this connection: no pid, no backend, no
 /// size. Nothing to do when the index is not connected any more, or is somebody else's by now.
 ///
