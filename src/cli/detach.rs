@@ -112,7 +112,7 @@ fn one(
 ) -> Result<Report> {
     let known = dirs.volume_run(volume).exists();
     let host = context.host(volume, &StorageArgs::default(), Purpose::Settle).map_err(|e| e.on(volume))?;
-    let host = host.patient(stop.timeout, stop.force);
+    let host = host.stopping(stop);
     if args.dry_run {
         return match ops::detach::preview(&host, &dirs.run, volume, scope, stop)? {
             Some(lines) => Ok(Report::of_preview("detach", volume, &lines)),

@@ -54,6 +54,9 @@ const QUICK: Duration = Duration::from_secs(120);
 /// How long ZeroFS may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long the replay of an earlier keeper's log may take.
+const REPLAY_LIMIT: Duration = Duration::from_secs(600);
+
 /// How long a killed keeper may take to be gone.
 const DYING: Duration = Duration::from_secs(20);
 
@@ -127,9 +130,8 @@ pub struct LinuxHost {
     /// Whether the password was checked against the record.
     checked: RefCell<bool>,
     progress: Progress,
-    patience: Duration,
-    /// When that is over, let the device fail instead of giving up.
-    force: bool,
+    /// What this command was told of how to stop; none of its own for one that only goes on with what others began.
+    stop: Option<StopOptions>,
     /// The device was failed by force.
     failed: RefCell<bool>,
     /// Starts the next keeper of the volume that we are at work on.
@@ -199,8 +201,7 @@ impl LinuxHost {
             version: RefCell::new(version),
             checked: RefCell::new(false),
             progress,
-            patience: QUICK,
-            force: false,
+            stop: None,
             failed: RefCell::new(false),
             companion: RefCell::new(None),
         })
@@ -595,12 +596,19 @@ impl LinuxHost {
         })
     }
 
-    /// For how long cached data may take to be written out before an unmount; two minutes unless told.
-    /// With `force` the device is failed after that.
-    pub fn patient(mut self, patience: Duration, force: bool) -> LinuxHost {
-        self.patience = patience;
-        self.force = force;
+    /// For how long cached data may take to be written out before an unmount, and a stop to flush; two minutes unless
+    /// told. With force the device is failed after that, and ZeroFS killed.
+    pub fn stopping(mut self, how: StopOptions) -> LinuxHost {
+        self.stop = Some(how);
         self
+    }
+
+    fn patience(&self) -> Duration {
+        self.stop.unwrap_or_default().timeout
+    }
+
+    fn force(&self) -> bool {
+        self.stop.is_some_and(|s| s.force)
     }
 
     fn nbd_device(&self, volume: &VolumeId) -> Result<Device> {
@@ -641,6 +649,49 @@ impl LinuxHost {
             }
         }
         remove(std::fs::remove_dir(&folder), &folder)
+    }
+
+    /// Starts the keeper, which starts ZeroFS, and waits until both answer.
+    fn serve(&self, volume: &VolumeId, epoch: u64, options: &KeeperOptions, limit: Duration) -> Result<()> {
+        let config = self.keeper_config(volume, epoch, options)?;
+        keeper::spawn(&self.program, &config, Duration::from_secs(20))?;
+        self.client(volume)?.wait_ready(limit).map(drop)
+    }
+
+    /// Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
+    fn serve_again(&self, volume: &VolumeId, left_behind: u64, stop: &StopOptions) -> Result<()> {
+        let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
+        self.serve(volume, epoch, &KeeperOptions::default(), START_LIMIT.min(stop.timeout))?;
+        // Without a log there may not even be a disk yet.
+        if left_behind > 0 {
+            self.replay_within(volume, if stop.force { stop.timeout } else { REPLAY_LIMIT })?;
+        }
+        Ok(())
+    }
+
+    fn replay_within(&self, volume: &VolumeId, limit: Duration) -> Result<(u64, Option<String>)> {
+        let mut client = self.client(volume)?.within(limit);
+        let status = client.status()?;
+        // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
+        // anybody else in between there would be one more.
+        let void = match &status.log {
+            LogState::Foreign { why } => Some(why.clone()),
+            LogState::LeftBehind { epoch, entries, .. }
+                if *epoch + 1 < status.epoch || *epoch > status.epoch =>
+            {
+                Some(format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})"))
+            }
+            _ => None,
+        };
+        if let Some(why) = void {
+            client.discard_log()?;
+            client.replay()?;
+            return Ok((
+                0,
+                Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")),
+            ));
+        }
+        Ok((client.replay()?.entries, None))
     }
 
     /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only
@@ -905,10 +956,10 @@ impl Observe for LinuxHost {
             if users.is_empty() || !users.iter().all(|user| is_dying(user.pid as i32)) {
                 return Ok(users);
             }
-            if begun.elapsed() >= self.patience {
-                return Ok(if self.force { vec![] } else { users });
+            if begun.elapsed() >= self.patience() {
+                return Ok(if self.force() { vec![] } else { users });
             }
-            let left = Some(self.patience.as_secs());
+            let left = Some(self.patience().as_secs());
             (self.progress)("wait for the end of who was killed", begun.elapsed().as_secs(), left);
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -1035,36 +1086,33 @@ impl Host for LinuxHost {
     }
 
     fn start_keeper(&self, volume: &VolumeId, epoch: u64, options: &KeeperOptions) -> Result<()> {
-        let config = self.keeper_config(volume, epoch, options)?;
-        keeper::spawn(&self.program, &config, Duration::from_secs(20))?;
-        self.client(volume)?.wait_ready(START_LIMIT).map(drop)
+        self.serve(volume, epoch, options, START_LIMIT)
     }
 
     fn stop_keeper(&self, volume: &VolumeId, options: &StopOptions) -> Result<()> {
         self.companion.take();
+        // What is undone may be an earlier command's step, which knows nothing of what this one was told.
+        let options = self.stop.unwrap_or(*options);
+        let begun = Instant::now();
+        let mut served = Ok(());
         if let KeeperView::Dead { orphan, left_behind } = self.keeper(volume)? {
             if !orphan && left_behind == 0 {
                 return self.clean_run_folder(volume);
             }
-            // Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
-            let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
-            self.start_keeper(volume, epoch, &KeeperOptions::default())?;
-            // Without a log there may not even be a disk yet.
-            if left_behind > 0 {
-                self.replay(volume)?;
-            }
+            served = self.serve_again(volume, left_behind, &options);
         }
         let stop = |force| {
+            let timeout = options.timeout.saturating_sub(begun.elapsed()).max(Duration::from_secs(1));
             let wanted = control::StopOptions {
-                timeout_seconds: options.timeout.as_secs_f64(),
+                timeout_seconds: timeout.as_secs_f64(),
                 force,
                 even_if_mounted: false,
             };
             self.client(volume)?.stop(wanted, &mut |p| {
-                (self.progress)(&p.stage, p.elapsed_seconds as u64, Some(options.timeout.as_secs()));
+                (self.progress)(&p.stage, p.elapsed_seconds as u64, Some(timeout.as_secs()));
             })
         };
-        let stopped = match stop(false) {
+        let stopped = match served.and_then(|()| stop(false)) {
             // Force is the last resort, not the first.
             Err(e) if options.force && matches!(e.kind(), Kind::Interrupted | Kind::Unreachable) => {
                 tracing::warn!(%volume, "{}: ZeroFS is killed now, as --force says", e.message());
@@ -1103,28 +1151,7 @@ impl Host for LinuxHost {
     }
 
     fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)> {
-        let mut client = self.client(volume)?.within(Duration::from_secs(600));
-        let status = client.status()?;
-        // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
-        // anybody else in between there would be one more.
-        let void = match &status.log {
-            LogState::Foreign { why } => Some(why.clone()),
-            LogState::LeftBehind { epoch, entries, .. }
-                if *epoch + 1 < status.epoch || *epoch > status.epoch =>
-            {
-                Some(format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})"))
-            }
-            _ => None,
-        };
-        if let Some(why) = void {
-            client.discard_log()?;
-            client.replay()?;
-            return Ok((
-                0,
-                Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")),
-            ));
-        }
-        Ok((client.replay()?.entries, None))
+        self.replay_within(volume, REPLAY_LIMIT)
     }
 
     fn prepare_transport(&self, wanted: Transport) -> Result<Transport> {
@@ -1177,7 +1204,7 @@ impl Host for LinuxHost {
         let begun = Instant::now();
         keeper::spawn(&self.program, &config, Duration::from_secs(20))?;
         // It takes the device over by itself, once the log is replayed.
-        let limit = START_LIMIT.min(self.patience);
+        let limit = START_LIMIT.min(self.patience());
         loop {
             let why = match self.client(volume)?.wait_ready(limit.saturating_sub(begun.elapsed())) {
                 Ok(status) => status.reason,
@@ -1222,7 +1249,7 @@ impl Host for LinuxHost {
             let keeper = || self.status(volume)?.map(|_| self.client(volume)).transpose();
             match device::disconnect(&run, volume, dead, keeper()?) {
                 Err(e)
-                    if !dead && self.force && matches!(e.kind(), Kind::Unreachable | Kind::Interrupted) =>
+                    if !dead && self.force() && matches!(e.kind(), Kind::Unreachable | Kind::Interrupted) =>
                 {
                     tracing::warn!(%volume, "{}: its device is failed by force; what was cached, but not acknowledged, is lost", e.message());
                     *self.failed.borrow_mut() = true;

@@ -39,7 +39,7 @@ impl LinuxHost {
         let table = mounts::table("self")?;
         let source = mounts::at(&table, target).map(|m| m.source);
         if !dead && let Err(e) = self.write_out(target, &table) {
-            if !self.force {
+            if !self.force() {
                 return Err(e);
             }
             self.fail_device(source.as_deref())?;
@@ -51,7 +51,7 @@ impl LinuxHost {
             utab::forget(target);
         }
         // There is little left to write by now, but a second it may always have.
-        let left = self.patience.saturating_sub(begun.elapsed()).max(Duration::from_secs(1));
+        let left = self.patience().saturating_sub(begun.elapsed()).max(Duration::from_secs(1));
         let result = self.unmount_now(target, source.as_deref(), left, dead);
         let mounted = || mounts::table("self").is_ok_and(|table| mounts::at(&table, target).is_some());
         if noted && result.is_err() && mounted() {
@@ -90,7 +90,7 @@ impl LinuxHost {
         let mut wait =
             |limit, waits: &mut dyn FnMut(Duration)| wait_while(&|| is_unmounting(pid, device), limit, waits);
         let may_fail = || may_fail(device);
-        self.to_its_end(What::Unmount(device), source, self.patience, false, &may_fail, &mut wait).map(drop)
+        self.to_its_end(What::Unmount(device), source, self.patience(), false, &may_fail, &mut wait).map(drop)
     }
 
     /// See [`Host::finish_mount`](crate::host::Host::finish_mount).
@@ -105,7 +105,7 @@ impl LinuxHost {
             wait_while(&|| is_mounting(pid, device, target), limit, waits)
         };
         let may_fail = || may_fail(device);
-        self.to_its_end(What::Mount(target), device.to_str(), self.patience, dead, &may_fail, &mut wait)
+        self.to_its_end(What::Mount(target), device.to_str(), self.patience(), dead, &may_fail, &mut wait)
             .map(drop)
     }
 
@@ -127,8 +127,8 @@ impl LinuxHost {
         if let Some(result) = wait(limit, &mut waits)? {
             return Ok((result, dead));
         }
-        if !dead && !self.force {
-            return Err(what.waits(self.patience));
+        if !dead && !self.force() {
+            return Err(what.waits(self.patience()));
         }
         if !dead {
             may_fail()?;
@@ -186,10 +186,14 @@ impl LinuxHost {
         for words in [&[OsStr::new("--file-system"), target.as_os_str()] as &[&OsStr], &[OsStr::new(&source)]]
         {
             let mut child = Program::Sync.spawn(words)?;
-            let left = self.patience.saturating_sub(begun.elapsed());
+            let left = self.patience().saturating_sub(begun.elapsed());
             let ended = programs::wait(&mut child, Some(left), &mut |_| {
                 let elapsed = begun.elapsed();
-                (self.progress)("write out what is cached", elapsed.as_secs(), Some(self.patience.as_secs()));
+                (self.progress)(
+                    "write out what is cached",
+                    elapsed.as_secs(),
+                    Some(self.patience().as_secs()),
+                );
             });
             // What could not be written is for the unmount to find out.
             if let Ok(None) = ended {
@@ -198,7 +202,7 @@ impl LinuxHost {
                     format!(
                         "what is cached of {} could not be written out within {} s: its storage does not take it",
                         target.display(),
-                        self.patience.as_secs()
+                        self.patience().as_secs()
                     ),
                 )
                 .hint("see why: zerofsctl list; nothing is lost: run the same command again once the storage takes data, or lose what is only cached: detach --force"));
