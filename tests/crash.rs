@@ -456,15 +456,18 @@ fn all_cases() -> impl Iterator<Item = (&'static Case, Made)> {
 #[test]
 fn a_kill_at_every_instant_ends_in_the_same_state() {
     quiet_kills();
-    for (case, made) in all_cases() {
+    // With mounts that go on for as long as nobody waits for them, or come to their end in the middle of something else.
+    let takes = [None, Some(1), Some(2), Some(5)];
+    for ((case, made), takes) in all_cases().flat_map(|c| takes.map(|takes| (c, takes))) {
         let mut instant = 0;
         loop {
             let m = Machine::new(made);
+            m.host.let_mounts_take(takes);
             (case.before)(&m);
             m.host.kill_at(Some(instant));
             let killed = m.killed(&case.command);
             m.host.kill_at(None);
-            let when = format!("{} {made:?}, killed at instant {instant}", case.name);
+            let when = format!("{} {made:?}, killed at instant {instant}, mounts take {takes:?}", case.name);
             if killed {
                 (case.command)(&m).unwrap_or_else(|e| panic!("{when}: {e}"));
             }
@@ -1015,9 +1018,11 @@ proptest! {
         story in proptest::collection::vec(deeds(), 1..25),
         made in proptest::sample::select(ALL.to_vec()),
         last_writes_stick: bool,
+        mounts_take in proptest::option::of(1..40u64),
     ) {
         quiet_kills();
         let m = Machine::new(made);
+        m.host.let_mounts_take(mounts_take);
         if last_writes_stick {
             m.host.let_last_writes_stick();
         }

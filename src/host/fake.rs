@@ -82,6 +82,8 @@ struct World {
     last_writes_stick: bool,
     /// One is stuck there.
     unmounting: bool,
+    /// One whose command was killed goes on in the kernel, and after so many instants it is in the mount table.
+    mounting: Option<(MountEntry, u64)>,
     mounts: Vec<MountEntry>,
     links: BTreeMap<PathBuf, PathBuf>,
     folders: BTreeSet<PathBuf>,
@@ -100,6 +102,8 @@ pub struct FakeHost {
     instants: RefCell<u64>,
     kill_at: RefCell<Option<u64>>,
     fail_at: RefCell<Option<u64>>,
+    /// For how many instants a mount goes on whose command is killed, if nobody waits for it; without end if not told.
+    mount_takes: RefCell<Option<u64>>,
     /// Where the volumes' locks are, if a test cares.
     run_dir: RefCell<Option<PathBuf>>,
 }
@@ -151,6 +155,11 @@ impl FakeHost {
         *self.fail_at.borrow_mut() = n.map(|n| *self.instants.borrow() + n);
     }
 
+    /// A mount whose command is killed goes on for `n` instants, if nobody waits for its end; without end if not told.
+    pub fn let_mounts_take(&self, n: Option<u64>) {
+        *self.mount_takes.borrow_mut() = n;
+    }
+
     /// Whether that is still to come.
     pub fn is_to_fail(&self) -> bool {
         self.fail_at.borrow().is_some()
@@ -164,6 +173,7 @@ impl FakeHost {
     fn instant(&self) -> Result<()> {
         let now = *self.instants.borrow();
         *self.instants.borrow_mut() += 1;
+        self.world.borrow_mut().mount_goes_on();
         if *self.kill_at.borrow() == Some(now) {
             *self.kill_at.borrow_mut() = None;
             std::panic::panic_any(Killed);
@@ -329,6 +339,7 @@ impl FakeHost {
         note(w.nbd.is_some(), "nbd");
         note(w.device.is_some(), "device");
         note(w.mounts.iter().any(|m| m.source != "/dev/other"), "mount");
+        note(w.is_mounting(), "mount under way");
         note(!w.links.is_empty(), "link");
         note(!w.folders.is_empty(), "folder");
         note(!w.files.is_empty(), "file");
@@ -376,6 +387,7 @@ impl World {
         for mount in self.mounts.iter_mut().filter(|m| Some(&m.source) == device.as_ref()) {
             mount.read_only = true;
         }
+        self.mounting = None;
     }
 
     /// ZeroFS has ended: a device of the direct path fails.
@@ -400,6 +412,35 @@ impl World {
     /// The errors of a dead device end an unmount.
     fn is_unmounting(&self) -> bool {
         self.unmounting && self.life() != Life::Dead
+    }
+
+    /// The errors of a dead device end a mount.
+    fn is_mounting(&self) -> bool {
+        self.mounting.is_some() && self.life() != Life::Dead
+    }
+
+    /// Neither mounted nor unmounted at this moment.
+    fn is_at_rest(&self) -> bool {
+        !self.is_mounting() && !self.is_unmounting()
+    }
+
+    fn mount_goes_on(&mut self) {
+        if !self.is_mounting() {
+            self.mounting = None;
+        } else if let Some((_, left)) = &mut self.mounting {
+            *left = left.saturating_sub(1);
+            if *left == 0 && !self.is_stuck() {
+                self.end_mount();
+            }
+        }
+    }
+
+    fn end_mount(&mut self) {
+        let Some((entry, _)) = self.mounting.take() else { return };
+        assert!(self.folders.contains(&entry.target), "a mount comes to its end on nothing");
+        let f = self.disk.as_mut().and_then(|d| d.filesystem.as_mut()).expect("it is being mounted");
+        f.clean &= entry.read_only;
+        self.mounts.push(entry);
     }
 
     /// By force.
@@ -489,7 +530,7 @@ impl Observe for FakeHost {
     fn signature(&self, _: &Path, _: Option<FsType>) -> Result<Signature> {
         let w = self.world.borrow();
         assert!(w.raised || w.log.is_empty(), "the device is looked at before the log is replayed");
-        assert!(!w.is_unmounting(), "the device is looked at while its filesystem writes its last");
+        assert!(w.is_at_rest(), "the device is looked at while it is mounted or unmounted");
         if !w.alive() || w.life() != Life::Served {
             return Err(Error::failed("cannot read the device"));
         }
@@ -521,7 +562,7 @@ impl Observe for FakeHost {
 
     fn device_users(&self, _: &Path) -> Result<Vec<User>> {
         let w = self.world.borrow();
-        let kernel = w.is_unmounting().then(|| User { pid: 0, name: "the kernel".into() });
+        let kernel = (!w.is_at_rest()).then(|| User { pid: 0, name: "the kernel".into() });
         Ok(w.users.iter().cloned().chain(kernel).collect())
     }
 
@@ -777,12 +818,12 @@ impl Host for FakeHost {
             let ours = |m: &MountEntry| m.source == LOOP || m.source == NBD || m.source == NODES;
             assert!(!w.mounts.iter().any(ours), "a mounted device is disconnected");
             assert!(!dead || w.life() == Life::Dead, "a live device is taken down as if it were dead");
-            assert!(!w.is_unmounting(), "a device is disconnected while its filesystem writes its last");
+            assert!(w.is_at_rest(), "a device is disconnected while it is mounted or unmounted");
             if w.nbd.is_some() && !w.users.is_empty() {
                 // The kernel lets go of it only after them.
                 return Err(Error::new(Kind::Busy, "somebody still holds the failed device"));
             }
-            w.unmounting = false;
+            (w.unmounting, w.mounting) = (false, None);
             w.device = None;
             w.nbd = None;
             // Whoever held a dead one holds none that comes after it.
@@ -813,6 +854,7 @@ impl Host for FakeHost {
                     "mkfs unannounced"
                 );
                 assert!(w.acknowledged.is_empty(), "mkfs over acknowledged data");
+                assert!(w.is_at_rest(), "mkfs while it is mounted");
                 let disk = w.disk.as_mut().ok_or_else(|| Error::failed("no disk"))?;
                 disk.filesystem = Some(Filesystem { fs, clean, size: device.size, data: vec![] });
                 Ok(())
@@ -825,7 +867,7 @@ impl Host for FakeHost {
 
     fn preen(&self, _: &Device, _: FsType) -> Result<Option<String>> {
         self.change(|w| {
-            assert!(!w.is_unmounting(), "repaired while it is unmounted");
+            assert!(w.is_at_rest(), "repaired while it is mounted or unmounted");
             w.mark_clean();
             Ok(None)
         })
@@ -837,7 +879,7 @@ impl Host for FakeHost {
 
     fn check(&self, _: &Device, _: FsType, repair: bool) -> Result<CheckResult> {
         self.change(|w| {
-            assert!(w.mounts.is_empty() && !w.is_unmounting(), "checked while mounted");
+            assert!(w.mounts.is_empty() && w.is_at_rest(), "checked while mounted");
             Ok(CheckResult { clean: true, repaired: repair, output: String::new() })
         })
     }
@@ -850,6 +892,7 @@ impl Host for FakeHost {
         _: &[String],
         read_only: bool,
     ) -> Result<()> {
+        let takes = self.mount_takes.borrow().unwrap_or(u64::MAX);
         self.change(|w| {
             assert_eq!(
                 w.record.as_ref().map(|r| r.content),
@@ -857,25 +900,29 @@ impl Host for FakeHost {
                 "mounted before it was recorded"
             );
             assert!(w.folders.contains(target.as_path()), "mounted on nothing");
-            assert!(!w.is_unmounting(), "mounted while its unmount is not over");
+            assert!(w.is_at_rest(), "mounted while another mount or unmount is not over");
             let f =
                 w.disk.as_mut().and_then(|d| d.filesystem.as_mut()).expect("mounted without a filesystem");
             assert!(f.clean || !w.mounts.is_empty(), "mounted without a preen");
             assert_eq!(f.fs, fs);
-            f.clean = read_only;
-            w.mounts.push(MountEntry {
+            let entry = MountEntry {
                 target: target.as_path().into(),
                 source: device.path.to_string_lossy().into_owned(),
                 fs: fs.name().into(),
                 read_only,
-            });
+            };
+            w.mounting = Some((entry, takes));
             Ok(())
         })
+        .inspect_err(|_| self.world.borrow_mut().mounting = None)?;
+        self.world.borrow_mut().end_mount();
+        self.instant()
     }
 
     fn unmount(&self, target: &Path, dead: bool) -> Result<()> {
         self.change(|w| {
             assert!(!dead || w.life() == Life::Dead, "a live mount is detached lazily");
+            assert!(!w.is_mounting(), "unmounted while a mount is not over");
             let stuck = w.is_stuck();
             if stuck && !w.force {
                 let harmed = |m: &MountEntry| m.target == target && m.read_only;
@@ -897,9 +944,24 @@ impl Host for FakeHost {
         })
     }
 
-    fn finish_mount(&self, _: &VolumeId, _: &Device, _: &TargetPath) -> Result<()> {
-        // Here a mount ends with its command.
-        Ok(())
+    fn finish_mount(&self, _: &VolumeId, device: &Device, target: &TargetPath) -> Result<()> {
+        let is_it = |m: &MountEntry| m.target == target.as_path() && Path::new(&m.source) == device.path;
+        if !self.world.borrow().mounting.as_ref().is_some_and(|(m, _)| is_it(m)) {
+            return Ok(());
+        }
+        self.change(|w| {
+            if w.is_mounting() && w.is_stuck() {
+                if !w.force {
+                    return Err(Error::new(Kind::Interrupted, "the mount is not over"));
+                }
+                w.let_device_fail();
+            }
+            if w.is_mounting() {
+                w.end_mount();
+            }
+            w.mounting = None;
+            Ok(())
+        })
     }
 
     fn finish_unmount(&self, _: &Device) -> Result<()> {
@@ -931,7 +993,7 @@ impl Host for FakeHost {
 
     fn grow_unmounted(&self, device: &Device) -> Result<()> {
         self.change(|w| {
-            assert!(w.mounts.is_empty() && !w.is_unmounting(), "grown as if it were unmounted");
+            assert!(w.mounts.is_empty() && w.is_at_rest(), "grown as if it were unmounted");
             if let Some(f) = w.disk.as_mut().and_then(|d| d.filesystem.as_mut()) {
                 f.size = device.size;
             }
@@ -949,6 +1011,7 @@ impl Host for FakeHost {
     fn remove_folder(&self, target: &TargetPath) -> Result<()> {
         self.change(|w| {
             assert!(!w.mounts.iter().any(|m| m.target == target.as_path()), "a mount point is removed");
+            assert!(!w.is_mounting(), "a mount point is removed while a mount is not over");
             w.folders.remove(target.as_path());
             Ok(())
         })
@@ -964,6 +1027,7 @@ impl Host for FakeHost {
     fn clear_target(&self, target: &TargetPath) -> Result<()> {
         self.change(|w| {
             assert!(!w.mounts.iter().any(|m| m.target == target.as_path()), "a mount point is removed");
+            assert!(!w.is_mounting(), "a mount point is removed while a mount is not over");
             w.folders.remove(target.as_path());
             w.files.remove(target.as_path());
             Ok(())
