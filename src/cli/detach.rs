@@ -50,8 +50,11 @@ pub struct DetachArgs {
 }
 
 pub fn run(args: &DetachArgs, context: &Context) -> Result<Report> {
-    let stop =
-        StopOptions { timeout: attach::time("--stop-timeout", &args.stop_timeout)?, force: args.force };
+    let stop = StopOptions {
+        timeout: attach::time("--stop-timeout", &args.stop_timeout)?,
+        force: args.force,
+        ..StopOptions::default()
+    };
     let dirs = context.dirs()?;
     let Some(what) = &args.what else {
         context.require_root()?;

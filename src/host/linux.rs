@@ -1,5 +1,6 @@
 //! The real host, for one volume: catalog, keeper, loop device, filesystem tools, mounts.
 
+mod stop;
 mod unmount;
 
 use std::cell::RefCell;
@@ -31,7 +32,7 @@ use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
 use crate::keeper::device::{RECORD, Record};
-use crate::keeper::log::{self, ReplayLog};
+use crate::keeper::log;
 use crate::keeper::path::LogState;
 use crate::keeper::process::boot_id;
 use crate::keeper::{self, KeeperConfig, OWN_EXE, taken};
@@ -53,9 +54,6 @@ const QUICK: Duration = Duration::from_secs(120);
 
 /// How long ZeroFS may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(120);
-
-/// How long the replay of an earlier keeper's log may take.
-const REPLAY_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long a killed keeper may take to be gone.
 const DYING: Duration = Duration::from_secs(20);
@@ -572,30 +570,6 @@ impl LinuxHost {
         })
     }
 
-    /// The entries in a log that no keeper has open.
-    fn left_behind(&self, volume: &VolumeId) -> Result<u64> {
-        let folder = self.dirs.volume_run(volume);
-        if !folder.join(log::FILE_NAME).exists() {
-            return Ok(0);
-        }
-        let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
-        let begun = Instant::now();
-        let opened = loop {
-            match ReplayLog::open(&folder, &who, log::MIN_CAPACITY) {
-                // A keeper that was killed lets go of it as the last thing.
-                Err(e) if e.kind() == Kind::Busy && begun.elapsed() < DYING => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                other => break other?,
-            }
-        };
-        Ok(match opened {
-            log::Opened::Log(log) => log.live(),
-            // Of another boot or volume: it can only be thrown away, which the replay step tells loudly.
-            log::Opened::Foreign { .. } => 0,
-        })
-    }
-
     /// For how long cached data may take to be written out before an unmount, and a stop to flush; two minutes unless
     /// told. With force the device is failed after that, and ZeroFS killed.
     pub fn stopping(mut self, how: StopOptions) -> LinuxHost {
@@ -623,13 +597,19 @@ impl LinuxHost {
         let (folder, file) = self.dirs.fuse(volume);
         // What an earlier keeper served is as dead as that keeper, even if another one runs by now.
         let status = if dead { None } else { self.status(volume)? };
-        let dead = !status.is_some_and(|s| s.fuse_mounted);
+        let mut dead = !status.is_some_and(|s| s.fuse_mounted);
+        let device = loopdev::find(&file)?;
         // Early, while nothing is taken away yet. The stop flushes again, and decides what a failure means; here it can
-        // only be that of a server that is away for longer than the volume's time limit.
-        if !dead && let Err(e) = self.client(volume)?.within(Duration::from_secs(600)).flush() {
+        // only be that of a server that is away for too long.
+        let limit = self.stop.map_or(stop::REPLAY_LIMIT, |stop| stop.timeout);
+        if !dead && let Err(e) = self.client(volume)?.within(limit).flush() {
             tracing::warn!(%volume, "{e}");
+            if let (true, Some(device)) = (self.force(), &device) {
+                self.fail_device(device.path.to_str())?;
+                dead = true;
+            }
         }
-        if let Some(device) = loopdev::find(&file)? {
+        if let Some(device) = device {
             loopdev::detach(&device.path, &file, dead)?;
         }
         if mounts::at(&mounts::table("self")?, &folder).is_some() {
@@ -656,42 +636,6 @@ impl LinuxHost {
         let config = self.keeper_config(volume, epoch, options)?;
         keeper::spawn(&self.program, &config, Duration::from_secs(20))?;
         self.client(volume)?.wait_ready(limit).map(drop)
-    }
-
-    /// Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
-    fn serve_again(&self, volume: &VolumeId, left_behind: u64, stop: &StopOptions) -> Result<()> {
-        let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
-        self.serve(volume, epoch, &KeeperOptions::default(), START_LIMIT.min(stop.timeout))?;
-        // Without a log there may not even be a disk yet.
-        if left_behind > 0 {
-            self.replay_within(volume, if stop.force { stop.timeout } else { REPLAY_LIMIT })?;
-        }
-        Ok(())
-    }
-
-    fn replay_within(&self, volume: &VolumeId, limit: Duration) -> Result<(u64, Option<String>)> {
-        let mut client = self.client(volume)?.within(limit);
-        let status = client.status()?;
-        // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
-        // anybody else in between there would be one more.
-        let void = match &status.log {
-            LogState::Foreign { why } => Some(why.clone()),
-            LogState::LeftBehind { epoch, entries, .. }
-                if *epoch + 1 < status.epoch || *epoch > status.epoch =>
-            {
-                Some(format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})"))
-            }
-            _ => None,
-        };
-        if let Some(why) = void {
-            client.discard_log()?;
-            client.replay()?;
-            return Ok((
-                0,
-                Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")),
-            ));
-        }
-        Ok((client.replay()?.entries, None))
     }
 
     /// Asks ZeroFS; where it has just died and its keeper starts it again, waits for that and asks once more. Only
@@ -1017,17 +961,23 @@ impl Host for LinuxHost {
     }
 
     fn release_claim(&self, volume: &VolumeId) -> Result<()> {
+        let mut passed_on = false;
         for attempt in 0.. {
             let Some((record, tag)) = self.fetch(volume)? else { break };
             match record.release(&self.owner) {
-                Release::Done(record) => match self.catalog.update(&record, &tag)? {
-                    Written::Done(_) => break,
-                    Written::LostRace if attempt > 8 => {
-                        return Err(Error::new(Kind::Busy, "its catalog record keeps changing under us")
-                            .hint("try again"));
+                Release::Done(record) => {
+                    if !std::mem::replace(&mut passed_on, true) {
+                        self.pass_log_on(volume, &record)?;
                     }
-                    Written::LostRace => {}
-                },
+                    match self.catalog.update(&record, &tag)? {
+                        Written::Done(_) => break,
+                        Written::LostRace if attempt > 8 => {
+                            return Err(Error::new(Kind::Busy, "its catalog record keeps changing under us")
+                                .hint("try again"));
+                        }
+                        Written::LostRace => {}
+                    }
+                }
                 Release::Already => break,
                 Release::Lost(owner) => {
                     tracing::info!(%volume, "it belongs to {owner}; nothing to release");
@@ -1091,48 +1041,7 @@ impl Host for LinuxHost {
 
     fn stop_keeper(&self, volume: &VolumeId, options: &StopOptions) -> Result<()> {
         self.companion.take();
-        // What is undone may be an earlier command's step, which knows nothing of what this one was told.
-        let options = self.stop.unwrap_or(*options);
-        let begun = Instant::now();
-        let mut served = Ok(());
-        if let KeeperView::Dead { orphan, left_behind } = self.keeper(volume)? {
-            if !orphan && left_behind == 0 {
-                return self.clean_run_folder(volume);
-            }
-            served = self.serve_again(volume, left_behind, &options);
-        }
-        let stop = |force| {
-            let timeout = options.timeout.saturating_sub(begun.elapsed()).max(Duration::from_secs(1));
-            let wanted = control::StopOptions {
-                timeout_seconds: timeout.as_secs_f64(),
-                force,
-                even_if_mounted: false,
-            };
-            self.client(volume)?.stop(wanted, &mut |p| {
-                (self.progress)(&p.stage, p.elapsed_seconds as u64, Some(timeout.as_secs()));
-            })
-        };
-        let stopped = match served.and_then(|()| stop(false)) {
-            // Force is the last resort, not the first.
-            Err(e) if options.force && matches!(e.kind(), Kind::Interrupted | Kind::Unreachable) => {
-                tracing::warn!(%volume, "{}: ZeroFS is killed now, as --force says", e.message());
-                stop(true)?
-            }
-            other => other?,
-        };
-        for warning in &stopped.warnings {
-            tracing::warn!(%volume, "{warning}");
-        }
-        if stopped.kept_entries > 0 {
-            tracing::warn!(
-                %volume,
-                "{} acknowledged writes ({}) had not been flushed; they wait in this node's replay log for the next \
-                 attach here, and an attach on another node loses them",
-                stopped.kept_entries,
-                ByteSize(stopped.kept_bytes)
-            );
-        }
-        self.clean_run_folder(volume)
+        self.stop_and_settle(volume, options)
     }
 
     fn create_disk(&self, volume: &VolumeId, size: ByteSize) -> Result<()> {
@@ -1151,7 +1060,7 @@ impl Host for LinuxHost {
     }
 
     fn replay(&self, volume: &VolumeId) -> Result<(u64, Option<String>)> {
-        self.replay_within(volume, REPLAY_LIMIT)
+        self.replay_within(volume, stop::REPLAY_LIMIT)
     }
 
     fn prepare_transport(&self, wanted: Transport) -> Result<Transport> {

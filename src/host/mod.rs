@@ -334,11 +334,14 @@ pub struct StopOptions {
     pub timeout: Duration,
     /// SIGKILL after that.
     pub force: bool,
+    /// What was acknowledged, and is not durable yet, may wait in the log for the next keeper: the volume stays ours.
+    #[serde(default)]
+    pub may_leave_log: bool,
 }
 
 impl Default for StopOptions {
     fn default() -> Self {
-        StopOptions { timeout: Duration::from_secs(120), force: false }
+        StopOptions { timeout: Duration::from_secs(120), force: false, may_leave_log: false }
     }
 }
 

@@ -76,6 +76,21 @@ pub fn at(table: &[MountEntry], target: &Path) -> Option<MountEntry> {
     table.iter().rfind(|m| m.target == target).cloned()
 }
 
+/// What is mounted on a folder of the filesystem that `target` shows, if anything is: by the kernel's numbers, as the path of
+/// what an earlier mount there had below it is the same.
+pub fn below(table: &str, target: &Path) -> Option<PathBuf> {
+    let lines: Vec<(&str, &str, PathBuf)> = table
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            let (id, parent, place) = (words.next()?, words.next()?, words.nth(2)?);
+            Some((id, parent, PathBuf::from(decode(place))))
+        })
+        .collect();
+    let (id, ..) = lines.iter().rfind(|(.., place)| place == target)?;
+    lines.iter().find(|(_, parent, _)| parent == id).map(|(.., place)| place.clone())
+}
+
 /// Gives the calling thread, and what it starts, a view of the mounts without any keeper's disk and the filesystems on
 /// it, so that a program that asks about every mounted loop device cannot fail or hang for a keeper that is gone or
 /// stuck. For the rest of the thread's life: call it in one of its own. The mounts of everybody else stay as they are:
@@ -148,6 +163,23 @@ garbage
         assert!(at(&table, Path::new("/mnt/c")).unwrap().read_only);
         assert!(at(&table, Path::new("/mnt/d")).unwrap().read_only);
         assert!(!at(&table, Path::new("/")).unwrap().read_only);
+    }
+
+    #[test]
+    fn only_what_is_mounted_on_it_is_below() {
+        let table = "\
+36 35 98:0 / / rw - ext4 /dev/root rw
+40 36 7:0 / /mnt/a rw - ext4 /dev/loop0 rw
+41 40 7:1 / /mnt/a/b rw - ext4 /dev/loop1 rw
+42 36 7:2 / /mnt/c rw - ext4 /dev/loop2 rw
+43 42 7:3 / /mnt/c/d\\040e rw - ext4 /dev/loop3 rw
+44 40 7:4 / /mnt/a rw - ext4 /dev/loop4 rw
+";
+        let below = |target: &str| below(table, Path::new(target));
+        assert_eq!(below("/mnt/c"), Some("/mnt/c/d e".into()));
+        assert_eq!(below("/mnt/c/d e"), None);
+        assert_eq!(below("/mnt/a"), None, "what is below the mount that this one covers is not in its way");
+        assert_eq!(below("/elsewhere"), None);
     }
 
     #[test]

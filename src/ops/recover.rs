@@ -1,6 +1,7 @@
 //! recover: settles what killed runs and killed keepers left, and nothing else.
 
 use super::*;
+use crate::host::StopOptions;
 
 /// What was settled.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -87,6 +88,8 @@ fn again_plan(volume: &VolumeId, standing: &Standing, claim: step::Claim, connec
         .and_then(|a| a.start.clone())
         .or_else(|| standing.start.clone())
         .unwrap_or(step::Start { options: Default::default(), stop: Default::default() });
+    // Where this fails, the claim stays, and the next one goes on.
+    let start = step::Start { stop: StopOptions { may_leave_log: true, ..start.stop }, ..start };
     let read_only = connect.read_only;
     // Size and filesystem are recorded by now.
     let claim = step::Claim { size: None, fs: None, must_exist: true, ..claim };

@@ -35,6 +35,7 @@ impl LinuxHost {
     pub(super) fn unmount_patiently(&self, target: &Path, dead: bool) -> Result<()> {
         let begun = Instant::now();
         let mut dead = dead;
+        not_below(target)?;
         // While it is being unmounted, the table does not have it any more.
         let table = mounts::table("self")?;
         let source = mounts::at(&table, target).map(|m| m.source);
@@ -150,7 +151,7 @@ impl LinuxHost {
 
     /// Lets the device of a filesystem fail at once, by disconnecting it, or for FUSE by killing its keeper: the only way to
     /// free an unmount from a storage that takes no data. What was acknowledged stays in the replay log; what was only cached is lost.
-    fn fail_device(&self, source: Option<&str>) -> Result<()> {
+    pub(super) fn fail_device(&self, source: Option<&str>) -> Result<()> {
         let Some(source) = source else { return Ok(()) };
         if let Some(index) = nbd::sysfs::index_of(Path::new(source)) {
             let Some(device) = nbd::sysfs::one(index)? else { return Ok(()) };
@@ -210,6 +211,15 @@ impl LinuxHost {
         }
         Ok(())
     }
+}
+
+/// Refuses while something is mounted below: the kernel refuses, too, but for a dead filesystem, with which it would go.
+fn not_below(target: &Path) -> Result<()> {
+    let path = "/proc/self/mountinfo";
+    let text = std::fs::read(path).doing("read", path)?;
+    let Some(below) = mounts::below(&String::from_utf8_lossy(&text), target) else { return Ok(()) };
+    Err(Error::new(Kind::Busy, format!("{} is mounted below {}", below.display(), target.display()))
+        .hint(format!("unmount that first: umount {}; then run the same command again", below.display())))
 }
 
 /// An unmount that has come to an end.

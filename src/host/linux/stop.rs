@@ -1,0 +1,251 @@
+//! The end of a keeper and its ZeroFS: what was acknowledged is made durable first, or waits for the next attach here.
+
+use std::time::{Duration, Instant};
+
+use super::{DYING, LinuxHost, START_LIMIT, remove};
+use crate::catalog::{Relation, VolumeRecord};
+use crate::error::{Error, Kind, Result};
+use crate::host::{KeeperOptions, KeeperView, Observe, StopOptions};
+use crate::keeper;
+use crate::keeper::control::{self, State, Status, Stopped};
+use crate::keeper::log::{self, ReplayLog};
+use crate::keeper::path::LogState;
+use crate::keeper::process::Process;
+use crate::values::{ByteSize, VolumeId};
+
+/// How long the replay of an earlier keeper's log may take.
+pub(super) const REPLAY_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long a killed ZeroFS may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long something that usually may take so long may take before this stop.
+fn limit(stop: &StopOptions, usual: Duration) -> Duration {
+    if stop.force { usual.min(stop.timeout) } else { usual }
+}
+
+/// The error of a volume that is not let go, as so many writes would be lost.
+fn would_lose(volume: &VolumeId, entries: u64, why: &str) -> Error {
+    Error::refused(format!("{entries} acknowledged writes wait in its replay log, {why}")).hint(format!(
+        "attach it here again to bring them in: zerofsctl attach {volume}; or risk their loss: zerofsctl detach {volume} --force"
+    ))
+}
+
+/// Whether the keeper has found a log of this attach, and the volume still is ours. One of an attach before is left as it is.
+fn is_own(status: &Status) -> bool {
+    status.state != State::Fenced
+        && matches!(&status.log, LogState::LeftBehind { epoch, .. } if *epoch == status.epoch)
+}
+
+impl LinuxHost {
+    /// See [`Host::stop_keeper`](crate::host::Host::stop_keeper).
+    pub(super) fn stop_and_settle(&self, volume: &VolumeId, options: &StopOptions) -> Result<()> {
+        // What is undone may be an earlier command's step, which knows nothing of what this one was told.
+        let options = StopOptions { may_leave_log: options.may_leave_log, ..self.stop.unwrap_or(*options) };
+        let settled = match self.keeper(volume)? {
+            KeeperView::Dead { orphan: false, left_behind: 0 } => return self.clean_run_folder(volume),
+            KeeperView::Dead { left_behind, .. } => match self.may_serve_again(volume, left_behind) {
+                Ok(true) => self.serve_again(volume, left_behind, &options),
+                Ok(false) => return self.give_up(volume, left_behind),
+                Err(e) => Err(e),
+            },
+            KeeperView::Alive { left_behind, .. } if left_behind > 0 && !options.may_leave_log => {
+                let status = self.client(volume)?.status()?;
+                if status.state == State::Failed && is_own(&status) {
+                    // It is there only to say why, and what it could not do may work by now.
+                    self.stop_within(volume, options.timeout, false)?;
+                    return self.stop_and_settle(volume, &options);
+                }
+                if is_own(&status) { self.settle_log(volume, &options) } else { Ok(()) }
+            }
+            KeeperView::Alive { .. } => Ok(()),
+        };
+        let mut forced = false;
+        let mut by_force = |e: Error| {
+            forced = true;
+            self.stop_by_force(volume, &options, &e)
+        };
+        let stopped = match settled {
+            Ok(()) => match self.stop_within(volume, options.timeout, false) {
+                // Force is the last resort, not the first.
+                Err(e) if options.force && matches!(e.kind(), Kind::Interrupted | Kind::Unreachable) => {
+                    by_force(e)?
+                }
+                other => other?,
+            },
+            Err(e) if options.force => by_force(e)?,
+            Err(e) => return Err(e),
+        };
+        for warning in &stopped.warnings {
+            tracing::warn!(%volume, "{warning}");
+        }
+        if stopped.kept_entries > 0 {
+            tracing::warn!(
+                %volume,
+                "{} acknowledged writes ({}) had not been flushed; they wait in this node's replay log for the next \
+                 attach here, and an attach on another node loses them",
+                stopped.kept_entries,
+                ByteSize(stopped.kept_bytes)
+            );
+        }
+        if forced {
+            // With a store that is away it ends here, after all: the volume could not be released, and once the store is back, a
+            // detach without force still brings in what waits in the log.
+            self.fetch(volume)?;
+        }
+        self.clean_run_folder(volume)
+    }
+
+    /// Whether a ZeroFS may be started for what an earlier keeper left. With ZeroFS the newcomer wins: one that is started
+    /// here after somebody else took the volume would cut off that one, and write old data over new.
+    fn may_serve_again(&self, volume: &VolumeId, left_behind: u64) -> Result<bool> {
+        let record = self.fetch(volume)?.map(|(record, _)| record);
+        let is_ours = |r: &VolumeRecord| {
+            r.owner.as_ref().is_some_and(|owner| owner.relation(&self.owner) == Relation::Us)
+        };
+        if record.as_ref().is_some_and(is_ours) {
+            return Ok(true);
+        }
+        let epoch = self.open_log(volume)?.map(|log| log.epoch());
+        match (record, epoch) {
+            (Some(record), Some(epoch)) if record.epoch > epoch => Ok(false),
+            _ if left_behind == 0 => Ok(false),
+            _ => Err(would_lose(volume, left_behind, "and the volume is not ours in the catalog")),
+        }
+    }
+
+    /// Ends what still runs here for a volume that somebody else has taken since; whatever was not flushed by then is void.
+    fn give_up(&self, volume: &VolumeId, left_behind: u64) -> Result<()> {
+        self.end_orphans(volume)?;
+        if left_behind > 0 {
+            tracing::warn!(
+                %volume,
+                "the volume was attached elsewhere since: {left_behind} acknowledged writes that had not been flushed before are void"
+            );
+            let log = self.dirs.volume_run(volume).join(log::FILE_NAME);
+            remove(std::fs::remove_file(&log), &log)?;
+        }
+        self.clean_run_folder(volume)
+    }
+
+    /// Kills every ZeroFS of the volume that no keeper looks after.
+    fn end_orphans(&self, volume: &VolumeId) -> Result<()> {
+        for identity in keeper::find_zerofs(&self.dirs.volume_run(volume)) {
+            let Some(process) = Process::open(&identity)? else { continue };
+            if process.kill(KILL_LIMIT)?.is_none() {
+                return Err(Error::failed(format!("the killed ZeroFS ({identity}) does not end"))
+                    .hint("it waits in the kernel: see /proc/PID/stack, then try again"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whatever an earlier keeper acknowledged must reach ZeroFS before the volume is let go.
+    fn serve_again(&self, volume: &VolumeId, left_behind: u64, stop: &StopOptions) -> Result<()> {
+        if !self.dirs.config(volume).exists() {
+            return Err(would_lose(volume, left_behind, "and without its config no ZeroFS can take them"));
+        }
+        let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
+        self.serve(volume, epoch, &KeeperOptions::default(), limit(stop, START_LIMIT))?;
+        // Without a log there may not even be a disk yet.
+        if left_behind > 0 {
+            self.replay_within(volume, limit(stop, REPLAY_LIMIT))?;
+        }
+        Ok(())
+    }
+
+    /// The same where the next keeper runs already, but has not replayed.
+    fn settle_log(&self, volume: &VolumeId, stop: &StopOptions) -> Result<()> {
+        self.client(volume)?.wait_ready(limit(stop, START_LIMIT))?;
+        self.replay_within(volume, limit(stop, REPLAY_LIMIT)).map(drop)
+    }
+
+    fn stop_within(&self, volume: &VolumeId, timeout: Duration, force: bool) -> Result<Stopped> {
+        let options =
+            control::StopOptions { timeout_seconds: timeout.as_secs_f64(), force, even_if_mounted: false };
+        self.client(volume)?.stop(options, &mut |p| {
+            (self.progress)(&p.stage, p.elapsed_seconds as u64, Some(timeout.as_secs()));
+        })
+    }
+
+    /// Ends ZeroFS, whatever it has not made durable.
+    fn stop_by_force(&self, volume: &VolumeId, options: &StopOptions, why: &Error) -> Result<Stopped> {
+        tracing::warn!(%volume, "{}: ZeroFS is killed now, as --force says", why.message());
+        match self.stop_within(volume, options.timeout, true) {
+            // No keeper could be started.
+            Err(e) if e.kind() == Kind::NotFound => {
+                self.end_orphans(volume)?;
+                let log = self.open_log(volume)?;
+                let (kept_entries, kept_bytes) = log.map_or((0, 0), |log| (log.live(), log.live_bytes()));
+                Ok(Stopped { clean: kept_entries == 0, kept_entries, kept_bytes, ..Stopped::default() })
+            }
+            other => other,
+        }
+    }
+
+    pub(super) fn replay_within(&self, volume: &VolumeId, limit: Duration) -> Result<(u64, Option<String>)> {
+        let mut client = self.client(volume)?.within(limit);
+        let status = client.status()?;
+        // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
+        // anybody else in between there would be one more.
+        let void = match &status.log {
+            LogState::Foreign { why } => Some(why.clone()),
+            LogState::LeftBehind { epoch, entries, .. }
+                if *epoch + 1 < status.epoch || *epoch > status.epoch =>
+            {
+                Some(format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})"))
+            }
+            _ => None,
+        };
+        if let Some(why) = void {
+            client.discard_log()?;
+            client.replay()?;
+            return Ok((
+                0,
+                Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")),
+            ));
+        }
+        Ok((client.replay()?.entries, None))
+    }
+
+    /// The log that no keeper has open, if it is of this boot. Another one can only be thrown away, which the replay step
+    /// tells loudly.
+    fn open_log(&self, volume: &VolumeId) -> Result<Option<ReplayLog>> {
+        let folder = self.dirs.volume_run(volume);
+        if !folder.join(log::FILE_NAME).exists() {
+            return Ok(None);
+        }
+        let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
+        let begun = Instant::now();
+        let opened = loop {
+            match ReplayLog::open(&folder, &who, log::MIN_CAPACITY) {
+                // A keeper that was killed lets go of it as the last thing.
+                Err(e) if e.kind() == Kind::Busy && begun.elapsed() < DYING => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => break other?,
+            }
+        };
+        Ok(match opened {
+            log::Opened::Log(log) => Some(log),
+            log::Opened::Foreign { .. } => None,
+        })
+    }
+
+    /// The entries in it.
+    pub(super) fn left_behind(&self, volume: &VolumeId) -> Result<u64> {
+        Ok(self.open_log(volume)?.map_or(0, |log| log.live()))
+    }
+
+    /// What is left in the log when the volume is let go. Of an attach before ours it stays true for the next one here, as
+    /// nobody else had the volume meanwhile; of ours it would be lost to an attach elsewhere, which only force may risk.
+    pub(super) fn pass_log_on(&self, volume: &VolumeId, record: &VolumeRecord) -> Result<()> {
+        let Some(mut log) = self.open_log(volume)?.filter(|log| log.live() > 0) else { return Ok(()) };
+        if log.epoch() + 1 == record.epoch {
+            log.set_epoch(record.epoch);
+        } else if log.epoch() == record.epoch && !self.force() {
+            return Err(would_lose(volume, log.live(), "which an attach elsewhere would make void"));
+        }
+        Ok(())
+    }
+}
