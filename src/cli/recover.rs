@@ -11,9 +11,10 @@ use crate::values::VolumeId;
 
 /// Settle what killed commands and killed keepers left
 ///
-/// An attach that was cut short is undone; a detach or resize is finished. A volume whose keeper was killed is taken
-/// down, every acknowledged write is replayed, and it is attached again where it was. attach and detach do the same
-/// first, for their own volume. What is in order is not touched.
+/// An attach that was cut short is undone; a detach or resize is finished. Where a keeper was killed, the next one takes
+/// over log and NBD device; a device that gives errors (on FUSE it ends with its keeper) is taken down, every acknowledged
+/// write is replayed, and the volume is attached again where it was. attach and detach do the same first, for their own
+/// volume. What is in order is not touched.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   zerofsctl recover

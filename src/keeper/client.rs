@@ -242,7 +242,14 @@ impl KeeperClient {
 fn silent(run_dir: &Path, limit: Duration) -> Error {
     let message =
         format!("the keeper of {} did not answer within {:.0} s", run_dir.display(), limit.as_secs_f64());
-    Error::new(Kind::Unreachable, message).hint("see its state: zerofsctl show VOLUME")
+    // Somebody may have stopped it, and nothing of ours ends what may only be slow.
+    let hint = match Identity::read(&run_dir.join(super::PID_FILE)).filter(Identity::is_alive) {
+        Some(Identity { pid, .. }) => format!(
+            "see whether it is stopped: ps -o stat= -p {pid} (T: go on with kill -CONT {pid}); or end it, which loses nothing that was acknowledged: kill -KILL {pid}, then: zerofsctl recover"
+        ),
+        None => "settle what it left: zerofsctl recover".to_owned(),
+    };
+    Error::new(Kind::Unreachable, message).hint(hint)
 }
 
 fn unexpected(answer: &Answer) -> Error {

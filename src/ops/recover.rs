@@ -12,8 +12,8 @@ pub struct Recovered {
     pub attached: bool,
 }
 
-/// Settles one volume: an open run is finished or undone; a volume whose keeper was killed is taken down
-/// and, since it was wanted, attached again at the same places.
+/// Settles one volume: an open run is finished or undone; a device that waits for a keeper gets the next one; one that gives
+/// errors is taken down and, since it was wanted, attached again at the same places.
 pub fn recover(engine: &Engine<'_>, run_dir: &Path, volume: &VolumeId) -> Result<Recovered> {
     let mut journal = open(engine, run_dir, volume)?;
     let result = settle_all(engine, &mut journal, volume);

@@ -31,6 +31,18 @@ fn would_lose(volume: &VolumeId, entries: u64, why: &str) -> Error {
     ))
 }
 
+/// The error of a ZeroFS that does not come up for what waits.
+fn not_served(entries: u64, e: Error) -> Error {
+    if entries == 0 {
+        return e;
+    }
+    let message =
+        format!("{entries} acknowledged writes wait in its replay log for a ZeroFS: {}", e.message());
+    let hint = e.hint_text().map(|hint| format!("{hint}; ")).unwrap_or_default();
+    Error::new(e.kind(), message)
+        .hint(format!("{hint}with other settings, attach it here again: that brings them in, too"))
+}
+
 /// Whether the keeper has found a log of this attach, and the volume still is ours. One of an attach before is left as it is.
 fn is_own(status: &Status) -> bool {
     status.state != State::Fenced
@@ -56,7 +68,7 @@ impl LinuxHost {
                     self.stop_within(volume, options.timeout, false)?;
                     return self.stop_and_settle(volume, &options);
                 }
-                if is_own(&status) { self.settle_log(volume, &options) } else { Ok(()) }
+                if is_own(&status) { self.settle_log(volume, left_behind, &options) } else { Ok(()) }
             }
             KeeperView::Alive { .. } => Ok(()),
         };
@@ -146,7 +158,8 @@ impl LinuxHost {
             return Err(would_lose(volume, left_behind, "and without its config no ZeroFS can take them"));
         }
         let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
-        self.serve(volume, epoch, &KeeperOptions::default(), limit(stop, START_LIMIT))?;
+        let served = self.serve(volume, epoch, &KeeperOptions::default(), limit(stop, START_LIMIT));
+        served.map_err(|e| not_served(left_behind, e))?;
         // Without a log there may not even be a disk yet.
         if left_behind > 0 {
             self.replay_within(volume, limit(stop, REPLAY_LIMIT))?;
@@ -155,8 +168,9 @@ impl LinuxHost {
     }
 
     /// The same where the next keeper runs already, but has not replayed.
-    fn settle_log(&self, volume: &VolumeId, stop: &StopOptions) -> Result<()> {
-        self.client(volume)?.wait_ready(limit(stop, START_LIMIT))?;
+    fn settle_log(&self, volume: &VolumeId, left_behind: u64, stop: &StopOptions) -> Result<()> {
+        let ready = self.client(volume)?.wait_ready(limit(stop, START_LIMIT));
+        ready.map_err(|e| not_served(left_behind, e))?;
         self.replay_within(volume, limit(stop, REPLAY_LIMIT)).map(drop)
     }
 
