@@ -357,6 +357,7 @@ fn vm_nbd_the_direct_path_fails_its_device_when_zerofs_dies_and_outlives_its_kee
     let v = Volume::new();
     let options = ConnectOptions { path: NbdPath::Direct, ..ConnectOptions::default() };
     let disk = Disk::attach(&v, &options);
+    assert_eq!(disk.status().connections, 4, "as many as the kernel can use of a server that allows it");
     let file = File::options().read(true).write(true).open(disk.device()).unwrap();
     file.write_all_at(&[5; 4096], 0).unwrap();
     file.sync_all().unwrap();
