@@ -310,6 +310,21 @@ fn a_fatal_line_in_the_log_means_kill_and_restart() {
     stop(&v.config);
 }
 
+/// It would make zeros durable half a second later, and a question that it does not answer takes longer than that.
+#[test]
+fn a_server_that_hangs_and_is_about_to_give_up_is_killed_at_once() {
+    let v = Volume::new();
+    let zerofs = ready(&v.config).zerofs.unwrap();
+    signal(zerofs.pid, Signal::SIGSTOP);
+    wait_until("it is reported", LONG, || client(&v.config).status().unwrap().state == State::Stalled);
+    // The next question is under way by then, and gives up only after ten seconds.
+    std::thread::sleep(Duration::from_millis(1500));
+    v.log("2026-11-20T17:58:59.216453Z  INFO object_store::client::retry: Encountered transport error of kind Connect, backing off for 0.3 seconds, retry 5 of 10: HTTP error\n");
+    wait_until("it is gone", Duration::from_secs(1), || !zerofs.is_alive());
+    wait_until("another one is ready", LONG, || client(&v.config).status().unwrap().state == State::Ready);
+    stop(&v.config);
+}
+
 #[test]
 fn a_stopped_server_is_reported_and_left_alone() {
     let v = Volume::new();

@@ -651,17 +651,18 @@ impl Supervisor {
 
     /// This server must go. What happens next is decided when it is gone and its log is complete.
     fn condemn(&mut self, why: &str) {
+        // Before all else: what it does from here on may falsify data, and half a second may be too long.
+        self.kill();
         warn!("killing ZeroFS: {why}");
         self.reason = format!("was killed, since {why}");
         self.explained_by_log = true;
         self.leave_ready();
         self.phase = Phase::Condemned;
-        self.watch.probe_regularly(false);
         self.shared.data.server_down();
+        self.watch.probe_regularly(false);
         if self.stopping.is_none() && self.ever_ready {
             self.shared.enter(State::Stalled, Some(format!("ZeroFS {}", self.reason)));
         }
-        self.kill();
     }
 
     /// A server that worked for a while is restarted at once; one that dies again and again is given time.
@@ -720,12 +721,12 @@ impl Supervisor {
     }
 
     fn fence(&mut self, line: &str) {
+        self.kill();
         error!("the volume has a new owner: {line}");
         self.phase = Phase::Fenced;
-        self.watch.probe_regularly(false);
         self.shared.data.server_down();
         self.shared.data.fail("the volume has a new owner");
-        self.kill();
+        self.watch.probe_regularly(false);
         let reason = format!("the volume was opened elsewhere: {line}");
         for reply in self.raising.drain(..) {
             let _ = reply.send(Err(fenced_error(&reason)));

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -59,11 +59,15 @@ pub(crate) enum Alarm {
     Unseen(u64, String),
 }
 
+/// A connection to the 9P server, held while it is asked. A question may take long, so whoever must not wait puts a new one
+/// of these in its place, and leaves the old one to whoever is still asking.
+type Client = Mutex<Option<Ninep<UnixStream>>>;
+
 /// The eyes of the supervisor; shared with the data path as its [`Prober`].
 pub(crate) struct Watch {
     run_dir: PathBuf,
     tail: Mutex<Tail>,
-    ninep: Mutex<Option<Ninep<UnixStream>>>,
+    client: Mutex<Arc<Client>>,
     tell: Box<dyn Fn(Alarm) + Send + Sync>,
     over: Mutex<bool>,
     ended: Condvar,
@@ -84,7 +88,7 @@ impl Watch {
         Ok(Watch {
             run_dir: run_dir.to_owned(),
             tail: Mutex::new(Tail::open(log, profile, quiet)?),
-            ninep: Mutex::new(None),
+            client: Mutex::default(),
             tell,
             over: Mutex::new(false),
             ended: Condvar::new(),
@@ -96,7 +100,7 @@ impl Watch {
     /// tells where in it the server's own lines begin. A new one must be able to say what is wrong with it: no room
     /// for that is an error.
     pub fn begin(&self, generation: u64, from: Option<u64>) -> Result<u64> {
-        *lock(&self.ninep) = None;
+        self.forget_client();
         let mut tail = lock(&self.tail);
         tail.generation = generation;
         tail.begin(from);
@@ -110,12 +114,16 @@ impl Watch {
         open_log(&lock(&self.tail).path)
     }
 
-    /// Starts or ends the regular question whether the database is open.
+    /// Starts or ends the regular question whether the database is open. One that is under way is not waited for.
     pub fn probe_regularly(&self, on: bool) {
         self.watching.store(on, Ordering::Relaxed);
         if !on {
-            *lock(&self.ninep) = None;
+            self.forget_client();
         }
+    }
+
+    fn forget_client(&self) {
+        *lock(&self.client) = Arc::default();
     }
 
     /// Reads the log up to its end and reports what it says.
@@ -206,7 +214,8 @@ impl Watch {
 
 impl Prober for Watch {
     fn database_open(&self) -> Result<bool> {
-        let mut ninep = lock(&self.ninep);
+        let shared = Arc::clone(&*lock(&self.client));
+        let mut ninep = lock(&shared);
         let client = match ninep.as_mut() {
             Some(client) => client,
             None => match Ninep::open(&self.run_dir, PROBE_LIMIT) {
@@ -467,6 +476,7 @@ pub(crate) fn make_room(log: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::unix::net::UnixListener;
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
@@ -580,6 +590,25 @@ mod tests {
         watch.begin(4, Some(1 << 30)).unwrap();
         watch.drain();
         assert!(matches!(signs.try_recv(), Ok(Alarm::Log(4, Finding { sign: Sign::Fenced, .. }))));
+    }
+
+    #[test]
+    fn a_question_that_waits_for_its_answer_holds_nobody_else_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let (watch, _log, _signs) = watch(dir.path());
+        let silent = UnixListener::bind(dir.path().join("9p.sock")).unwrap();
+        std::thread::scope(|scope| {
+            let question = scope.spawn(|| watch.database_open());
+            let asked = silent.accept().unwrap();
+            let begun = Instant::now();
+            watch.probe_regularly(false);
+            watch.begin(2, None).unwrap();
+            let took = begun.elapsed();
+            assert!(!question.is_finished());
+            drop((asked, silent));
+            assert!(question.join().unwrap().is_err());
+            assert!(took < Duration::from_secs(1), "{took:?}");
+        });
     }
 
     struct Mounted<'a>(&'a Path);
