@@ -307,6 +307,18 @@ fn large_requests_force_unit_access_and_unknown_commands_are_answered_as_they_sh
     assert_eq!(kernel.ask(Command::Read, 0, 0, &[]), Ok(Vec::new()));
     assert!(kernel.ask(Command::Read, 0, 512, &[]).unwrap() == [9; 512], "it is still in step");
     server.kill();
+
+    // As much as a socket holds unanswered, and more.
+    let size = 32 * MIB;
+    let disk = Disk { volatile: vec![0; size], durable: vec![0; size], size, ..Disk::default() };
+    let bench = Bench::of(tempfile::tempdir().unwrap(), Arc::new(Mutex::new(disk)), true, None);
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    for (len, byte) in [(16 * MIB, 1), (17 * MIB, 2), (32 * MIB, 3)] {
+        kernel.ask(Command::Write, 0, len, &vec![byte; len]).unwrap();
+        assert!(kernel.ask(Command::Read, 0, len, &[]).unwrap() == vec![byte; len]);
+    }
+    server.kill();
 }
 
 #[test]
