@@ -4,6 +4,7 @@
 mod support;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
@@ -179,6 +180,24 @@ fn a_killed_keeper_leaves_a_zerofs_that_the_next_one_adopts() {
         fourth.state == State::Ready && fourth.zerofs.is_some() && fourth.zerofs != first.zerofs
     });
     assert!(!first.zerofs.unwrap().is_alive());
+
+    // Also when its log has been renamed.
+    let fourth = client(&v.config).status().unwrap();
+    signal(fourth.keeper.pid, Signal::SIGKILL);
+    wait_until("the keeper is gone", LONG, || !fourth.keeper.is_alive());
+    let (log, old) = (v.config.log_dir.join("zerofs.log"), v.config.log_dir.join("zerofs.log.old"));
+    fs::rename(&log, &old).unwrap();
+    let fifth = ready(&v.config);
+    assert_eq!(fifth.zerofs, fourth.zerofs);
+    let mut log = fs::File::options().append(true).open(old).unwrap();
+    log.write_all(
+        b"2026-11-20T17:58:59.216453Z ERROR slatedb::dispatcher: background task failed [name=x]\n",
+    )
+    .unwrap();
+    wait_until("another one is ready", LONG, || {
+        let sixth = client(&v.config).status().unwrap();
+        sixth.state == State::Ready && sixth.zerofs.is_some() && sixth.zerofs != fourth.zerofs
+    });
     stop(&v.config);
 }
 

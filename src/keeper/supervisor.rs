@@ -471,7 +471,9 @@ impl Supervisor {
                 // Clean is also a log that somebody has deleted.
                 self.shared.data.distrust();
                 self.generation += 1;
-                self.watch.begin(self.generation, Some(record.log_offset))?;
+                // Whatever the name of its log is by now.
+                let output = PathBuf::from(format!("/proc/{}/fd/1", process.identity().pid));
+                self.watch.begin(self.generation, Some((&output, record.log_offset)))?;
                 self.attend(process)?;
                 Ok(true)
             }
