@@ -15,6 +15,7 @@ use rand::{Rng, SeedableRng};
 use support::forgetful::{Asks, Disk, Server};
 use support::{cases, wait_until};
 use tempfile::TempDir;
+use zerofsctl::error::Kind;
 use zerofsctl::keeper::path::{DataEvent, DataPath, DataPathConfig, LogState};
 use zerofsctl::zerofs::nbd::{Command, FLAG_FUA, RequestHeader, SimpleReply};
 
@@ -617,6 +618,32 @@ fn the_rest_of_a_large_read_that_was_given_up_is_dropped() {
         }
         server.kill();
     }
+}
+
+/// Whoever resizes a device keeps others from changing it, from detaching it above all.
+#[test]
+fn a_resize_does_not_wait_for_a_replay() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    kernel.ask(Command::Write, 0, BLOCK, &[1; BLOCK]).unwrap();
+    server.kill();
+    bench.told(|e| matches!(e, DataEvent::ServerLost(_)));
+    let server = Server::start(bench.dir.path(), &bench.disk);
+    server.stop(true);
+    let (path, other) = (Arc::clone(&bench.path), Arc::clone(&bench.path));
+    let replay = std::thread::spawn(move || path.server_up());
+    wait_until("the replay is under way", Duration::from_secs(30), || {
+        bench.path.stats().replayed_entries > 0
+    });
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || tell.send(other.resize().map_err(|e| e.kind())));
+    let resized = told.recv_timeout(Duration::from_secs(1));
+    server.stop(false);
+    replay.join().unwrap().unwrap();
+    assert_eq!(resized, Ok(Err(Kind::Busy)));
+    assert_eq!(bench.path.resize().unwrap(), SIZE as u64);
+    server.kill();
 }
 
 #[test]

@@ -34,6 +34,7 @@ use super::log::{self, Identity, LogMap, Opened, Payload, ReplayLog};
 use super::nbd::{self, Front, FrontReader, Heard, gather_here, send_gathered};
 use super::pipe::Pipe;
 use super::taken::{Owed, Taken, Task};
+use super::try_lock;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::values::{ByteSize, VolumeId};
 use crate::zerofs::nbd::{Command, Export, RequestHeader, SimpleReply, TransmissionFlags, handshake};
@@ -581,13 +582,14 @@ impl DataPath {
     /// Learns a larger size on fresh connections, and moves all I/O to them. The FUSE file has the new size
     /// at the next stat(2).
     pub fn resize(&self) -> Result<u64> {
-        let _one = lock(&self.control);
         let shared = &*self.shared;
         let resized = (|| {
             let away = || {
                 Error::new(Kind::Busy, "the volume has no server just now")
                     .hint("wait until it is ready (zerofsctl show VOLUME), then run the same command again")
             };
+            // Not waited for: a replay may take any time, and the caller keeps others from detaching the device.
+            let _one = try_lock(&self.control).ok_or_else(away)?;
             let map = match &shared.state().guard {
                 Some(guard) if guard.is_up() => guard.log().mapped(),
                 _ => return Err(away()),
