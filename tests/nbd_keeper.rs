@@ -647,6 +647,30 @@ fn a_resize_does_not_wait_for_a_replay() {
 }
 
 #[test]
+fn a_connection_that_ends_as_soon_as_it_is_made_is_a_lost_server_and_no_hang() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    for block in 0..8 {
+        kernel.ask(Command::Write, block * BLOCK, BLOCK, &[1; BLOCK]).unwrap();
+    }
+    server.kill();
+    for round in 0..100 {
+        let server = Server::start(bench.dir.path(), &bench.disk);
+        // Another one of the four each time.
+        bench.disk.lock().unwrap().hang_up_after = Some(round % 4);
+        let (path, (tell, told)) = (Arc::clone(&bench.path), mpsc::channel());
+        std::thread::spawn(move || tell.send(path.server_up()));
+        let up = told.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("round {round} hangs"));
+        assert_eq!(up.unwrap_err().kind(), Kind::Unreachable, "round {round}");
+        server.kill();
+    }
+    let server = bench.server();
+    assert!(kernel.ask(Command::Read, 0, 8 * BLOCK, &[]).unwrap() == [1; 8 * BLOCK]);
+    server.kill();
+}
+
+#[test]
 fn while_the_server_is_away_requests_wait_and_are_done_when_it_is_back() {
     let bench = Bench::new();
     let server = bench.server();
