@@ -158,6 +158,8 @@ pub(crate) struct Supervisor {
     explained_by_log: bool,
     /// What an earlier keeper, or an earlier start, may have left running is to be settled before anything is started.
     adopts: bool,
+    /// How many writes that were in the log have become void, since the volume has a new owner.
+    voided: u64,
 }
 
 impl Supervisor {
@@ -193,6 +195,7 @@ impl Supervisor {
             reason: String::new(),
             explained_by_log: false,
             adopts: false,
+            voided: 0,
         }
     }
 
@@ -727,6 +730,10 @@ impl Supervisor {
         error!("the volume has a new owner: {line}");
         self.phase = Phase::Fenced;
         self.shared.data.server_down();
+        // Nothing is acknowledged any more, and what was is still in the log.
+        if let LogState::LeftBehind { entries, .. } = self.shared.data.log_state() {
+            self.voided = entries;
+        }
         self.shared.data.fail("the volume has a new owner");
         self.watch.probe_regularly(false);
         let reason = format!("the volume was opened elsewhere: {line}");
@@ -1024,14 +1031,16 @@ impl Supervisor {
 
     /// The volume has a new owner: what the log holds must never be replayed.
     fn finish_void(&mut self) {
-        let mut stopped = Stopped { clean: true, ..Stopped::default() };
-        if let LogState::LeftBehind { entries, .. } = self.shared.data.log_state() {
-            stopped.clean = false;
+        let mut stopped = Stopped { clean: self.voided == 0, ..Stopped::default() };
+        if self.voided > 0 {
             stopped.warnings.push(format!(
-                "the volume was opened elsewhere: {entries} writes that were not flushed before are void"
+                "the volume was opened elsewhere: {} writes that were not flushed before are void",
+                self.voided
             ));
         }
-        if let Err(e) = self.shared.data.discard_log() {
+        if self.shared.data.log_state() != LogState::Clean
+            && let Err(e) = self.shared.data.discard_log()
+        {
             warn!("cannot empty the replay log: {e}");
         }
         self.finish(stopped);
