@@ -391,7 +391,8 @@ impl World {
                 Action::CheckFlush { id, since } => self.checks.push_back((id, since)),
                 Action::Close { conn } => self.conns.retain(|c| *c != conn),
                 // The supervisor kills it at once; which unflushed blocks survive is up to the number.
-                Action::Lost(_) | Action::ReplayFailed(_) => {
+                Action::Lost { conns, .. } | Action::ReplayFailed { conns, .. } => {
+                    assert!(self.conns.iter().all(|c| conns.contains(c)), "a connection is kept");
                     self.kill(self.next.wrapping_mul(0x9e37_79b9_7f4a_7c15))
                 }
                 Action::Up(_) => {

@@ -4,6 +4,7 @@
 mod support;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
@@ -179,6 +180,24 @@ fn a_killed_keeper_leaves_a_zerofs_that_the_next_one_adopts() {
         fourth.state == State::Ready && fourth.zerofs.is_some() && fourth.zerofs != first.zerofs
     });
     assert!(!first.zerofs.unwrap().is_alive());
+
+    // Also when its log has been renamed.
+    let fourth = client(&v.config).status().unwrap();
+    signal(fourth.keeper.pid, Signal::SIGKILL);
+    wait_until("the keeper is gone", LONG, || !fourth.keeper.is_alive());
+    let (log, old) = (v.config.log_dir.join("zerofs.log"), v.config.log_dir.join("zerofs.log.old"));
+    fs::rename(&log, &old).unwrap();
+    let fifth = ready(&v.config);
+    assert_eq!(fifth.zerofs, fourth.zerofs);
+    let mut log = fs::File::options().append(true).open(old).unwrap();
+    log.write_all(
+        b"2026-11-20T17:58:59.216453Z ERROR slatedb::dispatcher: background task failed [name=x]\n",
+    )
+    .unwrap();
+    wait_until("another one is ready", LONG, || {
+        let sixth = client(&v.config).status().unwrap();
+        sixth.state == State::Ready && sixth.zerofs.is_some() && sixth.zerofs != fourth.zerofs
+    });
     stop(&v.config);
 }
 
@@ -307,6 +326,21 @@ fn a_fatal_line_in_the_log_means_kill_and_restart() {
     v.log("2026-11-20T17:58:59.216453Z  INFO zerofs: DB Path: /Fenced/background task failed\n");
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(client(&v.config).status().unwrap().zerofs, before.zerofs);
+    stop(&v.config);
+}
+
+/// It would make zeros durable half a second later, and a question that it does not answer takes longer than that.
+#[test]
+fn a_server_that_hangs_and_is_about_to_give_up_is_killed_at_once() {
+    let v = Volume::new();
+    let zerofs = ready(&v.config).zerofs.unwrap();
+    signal(zerofs.pid, Signal::SIGSTOP);
+    wait_until("it is reported", LONG, || client(&v.config).status().unwrap().state == State::Stalled);
+    // The next question is under way by then, and gives up only after ten seconds.
+    std::thread::sleep(Duration::from_millis(1500));
+    v.log("2026-11-20T17:58:59.216453Z  INFO object_store::client::retry: Encountered transport error of kind Connect, backing off for 0.3 seconds, retry 5 of 10: HTTP error\n");
+    wait_until("it is gone", Duration::from_secs(1), || !zerofs.is_alive());
+    wait_until("another one is ready", LONG, || client(&v.config).status().unwrap().state == State::Ready);
     stop(&v.config);
 }
 

@@ -324,7 +324,13 @@ fn root_a_fenced_volume_fails_its_device_and_leaves_nothing() {
     drop(device);
     run("losetup", &["--detach", disk.device.to_str().unwrap()]);
     wait_until("the device lets go", LONG, || client(&v.config).unmount().is_ok());
-    stop_with(&v.config, 10.0, false).unwrap();
+    let stopped = stop_with(&v.config, 10.0, false).unwrap();
+    assert_eq!((stopped.clean, stopped.kept_entries), (false, 0), "{stopped:?}");
+    assert!(
+        matches!(&stopped.warnings[..], [w] if w.contains("1 writes that were not flushed")),
+        "{stopped:?}"
+    );
+    assert!(!v.logs().contains("cannot empty the replay log"));
     nothing_left(&v.config);
     stop(&elsewhere);
 }

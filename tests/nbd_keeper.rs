@@ -15,6 +15,7 @@ use rand::{Rng, SeedableRng};
 use support::forgetful::{Asks, Disk, Server};
 use support::{cases, wait_until};
 use tempfile::TempDir;
+use zerofsctl::error::Kind;
 use zerofsctl::keeper::path::{DataEvent, DataPath, DataPathConfig, LogState};
 use zerofsctl::zerofs::nbd::{Command, FLAG_FUA, RequestHeader, SimpleReply};
 
@@ -306,6 +307,18 @@ fn large_requests_force_unit_access_and_unknown_commands_are_answered_as_they_sh
     assert_eq!(kernel.ask(Command::Read, 0, 33 * MIB, &[]), Err(libc::EINVAL as u32));
     assert_eq!(kernel.ask(Command::Read, 0, 0, &[]), Ok(Vec::new()));
     assert!(kernel.ask(Command::Read, 0, 512, &[]).unwrap() == [9; 512], "it is still in step");
+    server.kill();
+
+    // As much as a socket holds unanswered, and more.
+    let size = 32 * MIB;
+    let disk = Disk { volatile: vec![0; size], durable: vec![0; size], size, ..Disk::default() };
+    let bench = Bench::of(tempfile::tempdir().unwrap(), Arc::new(Mutex::new(disk)), true, None);
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    for (len, byte) in [(16 * MIB, 1), (17 * MIB, 2), (32 * MIB, 3)] {
+        kernel.ask(Command::Write, 0, len, &vec![byte; len]).unwrap();
+        assert!(kernel.ask(Command::Read, 0, len, &[]).unwrap() == vec![byte; len]);
+    }
     server.kill();
 }
 
@@ -605,6 +618,56 @@ fn the_rest_of_a_large_read_that_was_given_up_is_dropped() {
         }
         server.kill();
     }
+}
+
+/// Whoever resizes a device keeps others from changing it, from detaching it above all.
+#[test]
+fn a_resize_does_not_wait_for_a_replay() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    kernel.ask(Command::Write, 0, BLOCK, &[1; BLOCK]).unwrap();
+    server.kill();
+    bench.told(|e| matches!(e, DataEvent::ServerLost(_)));
+    let server = Server::start(bench.dir.path(), &bench.disk);
+    server.stop(true);
+    let (path, other) = (Arc::clone(&bench.path), Arc::clone(&bench.path));
+    let replay = std::thread::spawn(move || path.server_up());
+    wait_until("the replay is under way", Duration::from_secs(30), || {
+        bench.path.stats().replayed_entries > 0
+    });
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || tell.send(other.resize().map_err(|e| e.kind())));
+    let resized = told.recv_timeout(Duration::from_secs(1));
+    server.stop(false);
+    replay.join().unwrap().unwrap();
+    assert_eq!(resized, Ok(Err(Kind::Busy)));
+    assert_eq!(bench.path.resize().unwrap(), SIZE as u64);
+    server.kill();
+}
+
+#[test]
+fn a_connection_that_ends_as_soon_as_it_is_made_is_a_lost_server_and_no_hang() {
+    let bench = Bench::new();
+    let server = bench.server();
+    let kernel = &mut bench.sockets(1, false)[0];
+    for block in 0..8 {
+        kernel.ask(Command::Write, block * BLOCK, BLOCK, &[1; BLOCK]).unwrap();
+    }
+    server.kill();
+    for round in 0..100 {
+        let server = Server::start(bench.dir.path(), &bench.disk);
+        // Another one of the four each time.
+        bench.disk.lock().unwrap().hang_up_after = Some(round % 4);
+        let (path, (tell, told)) = (Arc::clone(&bench.path), mpsc::channel());
+        std::thread::spawn(move || tell.send(path.server_up()));
+        let up = told.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("round {round} hangs"));
+        assert_eq!(up.unwrap_err().kind(), Kind::Unreachable, "round {round}");
+        server.kill();
+    }
+    let server = bench.server();
+    assert!(kernel.ask(Command::Read, 0, 8 * BLOCK, &[]).unwrap() == [1; 8 * BLOCK]);
+    server.kill();
 }
 
 #[test]

@@ -333,7 +333,7 @@ impl Shared {
             *lock(&self.device.direct) = kernel_ends;
         }
         info!("/dev/nbd{index} is connected, {} path, {size} bytes", record.path.name());
-        self.tune(index, record.path);
+        self.tune(index, record.path, true);
         self.listen_for_dead_links();
         Ok((index, size))
     }
@@ -359,25 +359,23 @@ impl Shared {
         Ok((streams, export.flags))
     }
 
-    /// Sets the queue for the job; a device works without that too.
-    fn tune(&self, index: u32, path: NbdPath) {
-        let queue = queue(path);
-        let set = || sysfs::set_queue(index, &queue).map_err(|_| libc::EIO);
+    /// Sets the queue for the job; a device works without that too. One that is not `fresh` an earlier keeper has set already,
+    /// unless it ended before, and is left alone then: a change waits for all I/O in flight.
+    fn tune(&self, index: u32, path: NbdPath, fresh: bool) {
+        let wanted = queue(path);
+        let is_as_wanted = |is: sysfs::Queue| {
+            (is.scheduler, is.io_timeout_ms, is.read_ahead_kib)
+                == (wanted.scheduler.clone(), wanted.io_timeout_ms, wanted.read_ahead_kib)
+        };
+        // Looked at in the child, too: see `is_unscheduled`.
+        let set = || {
+            if !fresh && sysfs::queue(index).is_ok_and(is_as_wanted) {
+                return Ok(());
+            }
+            sysfs::set_queue(index, &wanted).map_err(|_| libc::EIO)
+        };
         if let Err(e) = apart::run(&format!("set the queue of /dev/nbd{index}"), CHANGE_LIMIT, set) {
             warn!("the queue of /dev/nbd{index} is left as it is: {e}");
-        }
-    }
-
-    /// The earlier keeper may have ended before it had done that.
-    fn tune_if_need_be(&self) {
-        let Some(Record { index: Some(index), path, .. }) = self.device.record() else { return };
-        let (is, wanted) = (sysfs::queue(index), queue(path));
-        let done = |is: &sysfs::Queue| {
-            (&is.scheduler, is.io_timeout_ms) == (&wanted.scheduler, wanted.io_timeout_ms)
-                && is.read_ahead_kib == wanted.read_ahead_kib
-        };
-        if !is.is_ok_and(|is| done(&is)) {
-            self.tune(index, path);
         }
     }
 
@@ -432,7 +430,12 @@ impl Shared {
                 None => return,
             };
             match self.hand_over(fenced) {
-                Ok(()) => return self.tune_if_need_be(),
+                Ok(()) => {
+                    if let Some(Record { index: Some(index), path, .. }) = self.device.record() {
+                        self.tune(index, path, false);
+                    }
+                    return;
+                }
                 Err(e) if e.kind() == Kind::NotFound => {
                     error!("{e}");
                     self.data.close_nbd();

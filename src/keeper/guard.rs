@@ -134,12 +134,22 @@ pub enum Action<T> {
         /// Which.
         conn: ConnId,
     },
-    /// All connections are to be dropped; the server must be replaced.
-    Lost(String),
+    /// The server must be replaced.
+    Lost {
+        /// The connections to it, all of which are to be dropped.
+        conns: Vec<ConnId>,
+        /// Why.
+        why: String,
+    },
     /// The log is replayed and the volume is in service.
     Up(Replay),
-    /// The log could not be replayed; all connections are to be dropped, everything stays held.
-    ReplayFailed(String),
+    /// The log could not be replayed; everything stays held.
+    ReplayFailed {
+        /// The connections to the server, all of which are to be dropped.
+        conns: Vec<ConnId>,
+        /// Why.
+        why: String,
+    },
     /// Writers wait for room in the log.
     LogFull,
     /// An operation is answered with an error, for the record.
@@ -1190,10 +1200,9 @@ impl<T> Guard<T> {
                 let what = self.entry_header(seq).map_or_else(String::new, |h| {
                     format!("{:?} of {} bytes at {}", h.command, h.len, h.offset).to_lowercase()
                 });
-                self.drop_server(now);
-                out.push(Action::ReplayFailed(format!(
-                    "the server refuses to replay a {what}: errno {errno}"
-                )));
+                let conns = self.drop_server(now);
+                let why = format!("the server refuses to replay a {what}: errno {errno}");
+                out.push(Action::ReplayFailed { conns, why });
             }
             Who::Flush => {
                 let Some(flush) = self.flush.as_mut() else { return };
@@ -1212,22 +1221,23 @@ impl<T> Guard<T> {
     fn lose(&mut self, now: Now, why: String, out: &mut Actions<T>) {
         if matches!(self.phase, Phase::Up | Phase::Replaying { .. }) {
             let in_service = self.phase == Phase::Up;
-            self.drop_server(now);
+            let conns = self.drop_server(now);
             if in_service {
                 self.stats.stalls += 1;
-                out.push(Action::Lost(why));
+                out.push(Action::Lost { conns, why });
             } else {
-                out.push(Action::ReplayFailed(why));
+                out.push(Action::ReplayFailed { conns, why });
             }
         }
     }
 
-    fn drop_server(&mut self, now: Now) {
+    /// Gives the connections that it had.
+    fn drop_server(&mut self, now: Now) -> Vec<ConnId> {
         if self.stalled_since.is_none() {
             self.stalled_since = Some(now);
         }
         self.phase = Phase::Down;
-        self.conns.clear();
+        let conns = self.conns.drain(..).map(|c| c.id).collect();
         self.requests.clear();
         self.free_requests.clear();
         self.ranges.clear();
@@ -1260,6 +1270,7 @@ impl<T> Guard<T> {
         again.extend(mem::take(&mut self.waiting));
         again.sort_by_key(|&i| self.ops[i].as_ref().map_or(0, |o| o.serial));
         self.waiting = again.into();
+        conns
     }
 
     fn replay_on(&mut self, now: Now, out: &mut Actions<T>) {

@@ -34,6 +34,7 @@ use super::log::{self, Identity, LogMap, Opened, Payload, ReplayLog};
 use super::nbd::{self, Front, FrontReader, Heard, gather_here, send_gathered};
 use super::pipe::Pipe;
 use super::taken::{Owed, Taken, Task};
+use super::try_lock;
 use crate::error::{Doing, Error, Kind, Result};
 use crate::values::{ByteSize, VolumeId};
 use crate::zerofs::nbd::{Command, Export, RequestHeader, SimpleReply, TransmissionFlags, handshake};
@@ -476,6 +477,7 @@ impl DataPath {
             guard.up(shared.now(), &ids, Target { size: export.size, flags: export.flags }, &mut out);
         }
         shared.act(out);
+        shared.check_conns(&ids);
         shared.wake_io();
         let mut outcome = lock(&shared.outcome);
         loop {
@@ -581,13 +583,14 @@ impl DataPath {
     /// Learns a larger size on fresh connections, and moves all I/O to them. The FUSE file has the new size
     /// at the next stat(2).
     pub fn resize(&self) -> Result<u64> {
-        let _one = lock(&self.control);
         let shared = &*self.shared;
         let resized = (|| {
             let away = || {
                 Error::new(Kind::Busy, "the volume has no server just now")
                     .hint("wait until it is ready (zerofsctl show VOLUME), then run the same command again")
             };
+            // Not waited for: a replay may take any time, and the caller keeps others from detaching the device.
+            let _one = try_lock(&self.control).ok_or_else(away)?;
             let map = match &shared.state().guard {
                 Some(guard) if guard.is_up() => guard.log().mapped(),
                 _ => return Err(away()),
@@ -614,6 +617,7 @@ impl DataPath {
                 guard.replace_conns(&ids, Target { size: export.size, flags: export.flags }, &mut out);
             }
             shared.act(out);
+            shared.check_conns(&ids);
             Ok(export.size)
         })();
         resized.map_err(|e: Error| e.on(&shared.config.volume))
@@ -981,14 +985,17 @@ impl Shared {
     /// Carries out what the guard wants, with no lock held.
     pub(super) fn act(&self, actions: Vec<Action<Completion>>) {
         let mut busy: Vec<Arc<Conn>> = Vec::new();
+        let mut gone = Vec::new();
         for action in actions {
             match action {
                 Action::Send { conn, header, payload } => {
                     let conn = match busy.iter().find(|c| c.id == conn) {
                         Some(conn) => conn,
                         None => {
-                            // Gone meanwhile: the guard knows, or is just being told.
-                            let Some(found) = self.conn(conn) else { continue };
+                            let Some(found) = self.conn(conn) else {
+                                gone.push(conn);
+                                continue;
+                            };
                             busy.push(found);
                             &busy[busy.len() - 1]
                         }
@@ -1003,13 +1010,14 @@ impl Shared {
                 Action::Probe { id } => drop(self.jobs.send(Job::Probe(id))),
                 Action::CheckFlush { id, since } => drop(self.jobs.send(Job::CheckFlush(id, since))),
                 Action::Close { conn } => self.close(conn, true),
-                Action::Lost(why) => {
-                    self.drop_conns();
+                // Those that it had, since this may come late, when the next server has some.
+                Action::Lost { conns, why } => {
+                    conns.iter().for_each(|id| self.close(*id, false));
                     self.tell(Err(why.clone()));
                     let _ = self.events.send(DataEvent::ServerLost(why));
                 }
-                Action::ReplayFailed(why) => {
-                    self.drop_conns();
+                Action::ReplayFailed { conns, why } => {
+                    conns.iter().for_each(|id| self.close(*id, false));
                     self.tell(Err(why));
                 }
                 Action::Up(done) => self.tell(Ok(done)),
@@ -1022,6 +1030,13 @@ impl Shared {
         for conn in busy {
             self.push(&conn, false);
         }
+        // Most often the guard knows, or is just being told. If it does not, it would wait for answers for ever.
+        gone.iter().for_each(|id| self.lost(*id, CLOSED));
+    }
+
+    /// The guard has just been told of these: one that ended before that was no news to it.
+    fn check_conns(&self, ids: &[ConnId]) {
+        ids.iter().filter(|id| self.conn(**id).is_none()).for_each(|id| self.lost(*id, CLOSED));
     }
 
     fn conn(&self, id: ConnId) -> Option<Arc<Conn>> {
@@ -1037,12 +1052,12 @@ impl Shared {
             let _ = setsockopt(&stream, sockopt::SndBufForce, &(2 << 20));
             let conn = Arc::new(Conn { id, stream, map: Arc::clone(map), tx: Mutex::default() });
             self.conns.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&conn));
+            ids.push(id);
             let event = EpollEvent::new(EpollFlags::EPOLLIN, id.into());
             if let Err(e) = self.epoll.add(&conn.stream, event) {
-                self.drop_conns();
+                ids.iter().for_each(|id| self.close(*id, false));
                 return Err(Error::failed(format!("cannot watch a connection: {e}")));
             }
-            ids.push(id);
         }
         Ok(ids)
     }
@@ -1070,11 +1085,12 @@ impl Shared {
     }
 
     fn lost(&self, id: ConnId, why: &str) {
+        // First, so that whoever tells the guard of it later finds out: see `check_conns`.
+        self.close(id, false);
         let mut out = Vec::new();
         if let Some(guard) = self.state().guard.as_mut() {
             guard.conn_lost(self.now(), id, why, &mut out);
         }
-        self.close(id, false);
         self.act(out);
     }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::warn;
@@ -15,7 +15,7 @@ use super::device::Device;
 use super::path::{DataPath, Replayed};
 use super::process::Identity;
 use super::supervisor::Event;
-use super::{KeeperConfig, is_mount_point, lock};
+use super::{KeeperConfig, is_mount_point, lock, try_lock};
 use crate::error::{Doing, Error, Kind, Result};
 
 /// The folder of the FUSE mount in the run folder.
@@ -128,11 +128,7 @@ impl Shared {
 
     /// Holds `mounting`, unless somebody else does now.
     pub(super) fn try_mounting(&self) -> Option<MutexGuard<'_, ()>> {
-        match self.mounting.try_lock() {
-            Ok(held) => Some(held),
-            Err(TryLockError::Poisoned(held)) => Some(held.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        try_lock(&self.mounting)
     }
 
     /// The caller holds `mounting`.

@@ -158,6 +158,8 @@ pub(crate) struct Supervisor {
     explained_by_log: bool,
     /// What an earlier keeper, or an earlier start, may have left running is to be settled before anything is started.
     adopts: bool,
+    /// How many writes that were in the log have become void, since the volume has a new owner.
+    voided: u64,
 }
 
 impl Supervisor {
@@ -193,6 +195,7 @@ impl Supervisor {
             reason: String::new(),
             explained_by_log: false,
             adopts: false,
+            voided: 0,
         }
     }
 
@@ -471,7 +474,9 @@ impl Supervisor {
                 // Clean is also a log that somebody has deleted.
                 self.shared.data.distrust();
                 self.generation += 1;
-                self.watch.begin(self.generation, Some(record.log_offset))?;
+                // Whatever the name of its log is by now.
+                let output = PathBuf::from(format!("/proc/{}/fd/1", process.identity().pid));
+                self.watch.begin(self.generation, Some((&output, record.log_offset)))?;
                 self.attend(process)?;
                 Ok(true)
             }
@@ -651,17 +656,18 @@ impl Supervisor {
 
     /// This server must go. What happens next is decided when it is gone and its log is complete.
     fn condemn(&mut self, why: &str) {
+        // Before all else: what it does from here on may falsify data, and half a second may be too long.
+        self.kill();
         warn!("killing ZeroFS: {why}");
         self.reason = format!("was killed, since {why}");
         self.explained_by_log = true;
         self.leave_ready();
         self.phase = Phase::Condemned;
-        self.watch.probe_regularly(false);
         self.shared.data.server_down();
+        self.watch.probe_regularly(false);
         if self.stopping.is_none() && self.ever_ready {
             self.shared.enter(State::Stalled, Some(format!("ZeroFS {}", self.reason)));
         }
-        self.kill();
     }
 
     /// A server that worked for a while is restarted at once; one that dies again and again is given time.
@@ -720,12 +726,16 @@ impl Supervisor {
     }
 
     fn fence(&mut self, line: &str) {
+        self.kill();
         error!("the volume has a new owner: {line}");
         self.phase = Phase::Fenced;
-        self.watch.probe_regularly(false);
         self.shared.data.server_down();
+        // Nothing is acknowledged any more, and what was is still in the log.
+        if let LogState::LeftBehind { entries, .. } = self.shared.data.log_state() {
+            self.voided = entries;
+        }
         self.shared.data.fail("the volume has a new owner");
-        self.kill();
+        self.watch.probe_regularly(false);
         let reason = format!("the volume was opened elsewhere: {line}");
         for reply in self.raising.drain(..) {
             let _ = reply.send(Err(fenced_error(&reason)));
@@ -1021,14 +1031,16 @@ impl Supervisor {
 
     /// The volume has a new owner: what the log holds must never be replayed.
     fn finish_void(&mut self) {
-        let mut stopped = Stopped { clean: true, ..Stopped::default() };
-        if let LogState::LeftBehind { entries, .. } = self.shared.data.log_state() {
-            stopped.clean = false;
+        let mut stopped = Stopped { clean: self.voided == 0, ..Stopped::default() };
+        if self.voided > 0 {
             stopped.warnings.push(format!(
-                "the volume was opened elsewhere: {entries} writes that were not flushed before are void"
+                "the volume was opened elsewhere: {} writes that were not flushed before are void",
+                self.voided
             ));
         }
-        if let Err(e) = self.shared.data.discard_log() {
+        if self.shared.data.log_state() != LogState::Clean
+            && let Err(e) = self.shared.data.discard_log()
+        {
             warn!("cannot empty the replay log: {e}");
         }
         self.finish(stopped);

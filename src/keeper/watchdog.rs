@@ -6,11 +6,12 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -59,11 +60,17 @@ pub(crate) enum Alarm {
     Unseen(u64, String),
 }
 
+/// A connection to the 9P server, held while it is asked. A question may take long, so whoever must not wait puts a new one
+/// of these in its place, and leaves the old one to whoever is still asking.
+type Client = Mutex<Option<Ninep<UnixStream>>>;
+
 /// The eyes of the supervisor; shared with the data path as its [`Prober`].
 pub(crate) struct Watch {
     run_dir: PathBuf,
     tail: Mutex<Tail>,
-    ninep: Mutex<Option<Ninep<UnixStream>>>,
+    /// Tells when the file of the tail is written to, once it is followed.
+    inotify: OnceLock<Inotify>,
+    client: Mutex<Arc<Client>>,
     tell: Box<dyn Fn(Alarm) + Send + Sync>,
     over: Mutex<bool>,
     ended: Condvar,
@@ -84,7 +91,8 @@ impl Watch {
         Ok(Watch {
             run_dir: run_dir.to_owned(),
             tail: Mutex::new(Tail::open(log, profile, quiet)?),
-            ninep: Mutex::new(None),
+            inotify: OnceLock::new(),
+            client: Mutex::default(),
             tell,
             over: Mutex::new(false),
             ended: Condvar::new(),
@@ -92,30 +100,41 @@ impl Watch {
         })
     }
 
-    /// A new server is about to be started (or, with `from`, was adopted): rotates the log if it is large, and
-    /// tells where in it the server's own lines begin. A new one must be able to say what is wrong with it: no room
-    /// for that is an error.
-    pub fn begin(&self, generation: u64, from: Option<u64>) -> Result<u64> {
-        *lock(&self.ninep) = None;
+    /// A new server is about to be started: rotates the log if it is large, and tells where in it the server's own lines
+    /// begin. It must be able to say what is wrong with it: no room for that is an error.
+    ///
+    /// With `adopted`, one that runs: the file that it writes to, and where in it its lines begin.
+    pub fn begin(&self, generation: u64, adopted: Option<(&Path, u64)>) -> Result<u64> {
+        self.forget_client();
         let mut tail = lock(&self.tail);
         tail.generation = generation;
-        tail.begin(from);
-        let reserved = if from.is_none() { tail.reserve_room() } else { Ok(()) };
+        let log = adopted.map(|(log, _)| log).filter(|log| log.is_file()).unwrap_or(&tail.path).to_owned();
+        tail.reopen(&log)?;
+        if let Some(inotify) = self.inotify.get() {
+            tail.watch_with(inotify)?;
+        }
+        tail.begin(adopted.map(|(_, from)| from));
+        let reserved = if adopted.is_none() { tail.reserve_room() } else { Ok(()) };
         reserved.doing("reserve room for", &tail.path)?;
         Ok(tail.begin)
     }
 
-    /// The log file, for the server to append to.
+    /// The log file, for the server to append to: the very one that is read here, whatever its name is by now.
     pub fn log_for_appending(&self) -> Result<File> {
-        open_log(&lock(&self.tail).path)
+        // Opened anew, since a copy of the descriptor would move the place from which a rotation reads.
+        open_log(&by_descriptor(&lock(&self.tail).file))
     }
 
-    /// Starts or ends the regular question whether the database is open.
+    /// Starts or ends the regular question whether the database is open. One that is under way is not waited for.
     pub fn probe_regularly(&self, on: bool) {
         self.watching.store(on, Ordering::Relaxed);
         if !on {
-            *lock(&self.ninep) = None;
+            self.forget_client();
         }
+    }
+
+    fn forget_client(&self) {
+        *lock(&self.client) = Arc::default();
     }
 
     /// Reads the log up to its end and reports what it says.
@@ -143,9 +162,13 @@ impl Watch {
 
     /// Reads the log whenever it is written to, for ever.
     pub fn follow(&self) -> Result<()> {
-        let path = lock(&self.tail).path.clone();
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC).doing("watch", &path)?;
-        inotify.add_watch(&path, AddWatchFlags::IN_MODIFY).doing("watch", &path)?;
+        let inotify = {
+            let tail = lock(&self.tail);
+            let inotify = Inotify::init(InitFlags::IN_CLOEXEC).doing("watch", &tail.path)?;
+            let inotify = self.inotify.get_or_init(|| inotify);
+            tail.watch_with(inotify)?;
+            inotify
+        };
         loop {
             self.drain();
             if *lock(&self.over) {
@@ -153,7 +176,7 @@ impl Watch {
             }
             match inotify.read_events() {
                 Ok(_) | Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(e).doing("watch", &path),
+                Err(e) => return Err(e).doing("watch", &lock(&self.tail).path),
             }
         }
     }
@@ -206,7 +229,8 @@ impl Watch {
 
 impl Prober for Watch {
     fn database_open(&self) -> Result<bool> {
-        let mut ninep = lock(&self.ninep);
+        let shared = Arc::clone(&*lock(&self.client));
+        let mut ninep = lock(&shared);
         let client = match ninep.as_mut() {
             Some(client) => client,
             None => match Ninep::open(&self.run_dir, PROBE_LIMIT) {
@@ -261,6 +285,11 @@ fn open_log(path: &Path) -> Result<File> {
     File::options().read(true).append(true).create(true).mode(0o600).open(path).doing("open", path)
 }
 
+/// A name of the file, also when it was renamed or removed.
+fn by_descriptor(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
 impl Tail {
     fn open(path: &Path, profile: Profile, quiet: &str) -> Result<Tail> {
         let file = open_log(path)?;
@@ -279,6 +308,22 @@ impl Tail {
             last_lie: None,
             last_trouble: None,
         })
+    }
+
+    /// Goes over to the file that has this name now. Whoever rotates logs may have put it in the place of ours.
+    fn reopen(&mut self, path: &Path) -> Result<()> {
+        let file = open_log(path)?;
+        let id = |file: &File| file.metadata().map(|m| (m.dev(), m.ino())).doing("read", path);
+        if id(&file)? != id(&self.file)? {
+            self.give_room_back();
+            (self.file, self.room) = (file, 0);
+        }
+        Ok(())
+    }
+
+    fn watch_with(&self, inotify: &Inotify) -> Result<()> {
+        let added = inotify.add_watch(&by_descriptor(&self.file), AddWatchFlags::IN_MODIFY);
+        added.map(drop).doing("watch", &self.path)
     }
 
     fn len(&self) -> u64 {
@@ -467,6 +512,7 @@ pub(crate) fn make_room(log: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::unix::net::UnixListener;
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
@@ -573,13 +619,70 @@ mod tests {
         log.write_all(b"old\n").unwrap();
         let from = watch.begin(2, None).unwrap();
         log.write_all(b"Fenced\n").unwrap();
-        watch.begin(3, Some(from)).unwrap();
+        let path = dir.path().join("zerofs.log");
+        watch.begin(3, Some((&path, from))).unwrap();
         watch.drain();
         assert!(matches!(signs.try_recv(), Ok(Alarm::Log(3, Finding { sign: Sign::Fenced, .. }))));
         // A record from before a rotation points behind the end: then everything is read.
-        watch.begin(4, Some(1 << 30)).unwrap();
+        watch.begin(4, Some((&path, 1 << 30))).unwrap();
         watch.drain();
         assert!(matches!(signs.try_recv(), Ok(Alarm::Log(4, Finding { sign: Sign::Fenced, .. }))));
+        // Whatever name the file has by now that it writes to.
+        std::fs::remove_file(&path).unwrap();
+        watch.begin(5, None).unwrap();
+        watch.begin(6, Some((&by_descriptor(&log), from))).unwrap();
+        watch.drain();
+        assert!(matches!(signs.try_recv(), Ok(Alarm::Log(6, Finding { sign: Sign::Fenced, .. }))));
+        watch.begin(7, Some((&dir.path().join("gone"), 0))).unwrap();
+        log.write_all(b"Fenced\n").unwrap();
+        watch.drain();
+        assert!(signs.try_recv().is_err(), "it is another's");
+    }
+
+    /// Whoever rotates logs has put another file in the place of ours, or none.
+    #[test]
+    fn a_log_that_was_renamed_or_removed_hides_nothing_of_the_next_server() {
+        let dir = tempfile::tempdir().unwrap();
+        let (watch, _first, signs) = watch(dir.path());
+        let watch = Arc::new(watch);
+        let follower = Arc::clone(&watch);
+        std::thread::spawn(move || follower.follow().unwrap());
+        let path = dir.path().join("zerofs.log");
+        for (generation, removes) in [(2, false), (3, true)] {
+            if removes {
+                std::fs::remove_file(&path).unwrap();
+            } else {
+                std::fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+            }
+            let before = Instant::now();
+            watch.begin(generation, None).unwrap();
+            let mut log = watch.log_for_appending().unwrap();
+            log.write_all(b"2026-11-20T17:59:02.3Z  WARN a: won't flush imm to l0\n").unwrap();
+            let alarm = signs.recv_timeout(Duration::from_secs(10));
+            let lied = |f: &Finding| f.sign == Sign::FlushLied;
+            assert!(matches!(&alarm, Ok(Alarm::Log(g, f)) if *g == generation && lied(f)), "{alarm:?}");
+            assert!(!watch.flush_was_honest(before));
+            assert!(path.exists(), "people look for it there");
+        }
+    }
+
+    #[test]
+    fn a_question_that_waits_for_its_answer_holds_nobody_else_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let (watch, _log, _signs) = watch(dir.path());
+        let silent = UnixListener::bind(dir.path().join("9p.sock")).unwrap();
+        std::thread::scope(|scope| {
+            let question = scope.spawn(|| watch.database_open());
+            let asked = silent.accept().unwrap();
+            let begun = Instant::now();
+            watch.probe_regularly(false);
+            watch.begin(2, None).unwrap();
+            let took = begun.elapsed();
+            assert!(!question.is_finished());
+            drop((asked, silent));
+            assert!(question.join().unwrap().is_err());
+            assert!(took < Duration::from_secs(1), "{took:?}");
+        });
     }
 
     struct Mounted<'a>(&'a Path);

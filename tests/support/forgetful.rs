@@ -40,6 +40,8 @@ pub struct Disk {
     pub lies: bool,
     pub admitted: Option<Instant>,
     pub errors: Vec<u32>,
+    /// The connection after so many others is closed as soon as its handshake is over, once.
+    pub hang_up_after: Option<u32>,
 }
 
 /// One life of a server.
@@ -126,6 +128,13 @@ fn serve(
     // Has flags, flush, FUA, trim, zeroes, multi-conn.
     let info = [&[0, 0][..], &size.to_be_bytes(), &0b1_0110_1101_u16.to_be_bytes()].concat();
     s.write_all(&[reply(3, &info), reply(1, &[])].concat()).ok()?;
+    {
+        let mut disk = disk.lock().unwrap();
+        if disk.hang_up_after.take_if(|n| *n == 0).is_some() {
+            return s.shutdown(Shutdown::Both).ok();
+        }
+        disk.hang_up_after = disk.hang_up_after.map(|n| n - 1);
+    }
     loop {
         let mut raw = [0; RequestHeader::LEN];
         s.read_exact(&mut raw).ok()?;
