@@ -513,5 +513,5 @@ fn a_young_leak_stays_until_it_is_old_enough() {
     assert_eq!(plan(&&node, spec).unwrap()[0].fate, Fate::Would);
     assert!(node.0.borrow().disconnected.is_empty());
     let items = collect(&&node, spec).unwrap();
-    assert_eq!((&items[0].fate, items[0].left), (&Fate::Disconnected, Some(Left::Nothing)));
+    assert_eq!((&items[0].fate, &items[0].left), (&Fate::Disconnected, &Some(Left::Nothing)));
 }

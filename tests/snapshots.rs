@@ -518,7 +518,7 @@ mod nbd_devices {
                 .iter()
                 .map(|d| match d.verdict {
                     Some(Verdict::OursLeaked) => {
-                        Item { device: d.clone(), fate: leak.clone(), left: Some(left) }
+                        Item { device: d.clone(), fate: leak.clone(), left: Some(left.clone()) }
                     }
                     _ => Item { device: d.clone(), fate: Fate::Kept(d.why.clone()), left: None },
                 })
@@ -531,6 +531,10 @@ mod nbd_devices {
             assert_snapshot!(format!("nbd-gc-{name}"), report.render(Format::Table, None).unwrap());
         };
         show("done", &with(Fate::Disconnected, Left::Entries(7)), 0);
+        let void = Left::Void("it is from before the last reboot".into());
+        show("done-void-log", &with(Fate::Disconnected, void), 0);
+        let damaged = with(Fate::Disconnected, Left::Damaged("its header is damaged".into()));
+        show("done-damaged-log", &damaged, 0);
         show(
             "young",
             &with(

@@ -31,7 +31,7 @@ use crate::journal::{private_folder, volume_folder};
 use crate::keeper::client::KeeperClient;
 use crate::keeper::control::{self, State, Status};
 use crate::keeper::device::{RECORD, Record};
-use crate::keeper::log::{self, ReplayLog};
+use crate::keeper::log::{self, Peeked};
 use crate::keeper::path::LogState;
 use crate::keeper::process::boot_id;
 use crate::keeper::{self, KeeperConfig, OWN_EXE, taken};
@@ -574,14 +574,10 @@ impl LinuxHost {
 
     /// The entries in a log that no keeper has open.
     fn left_behind(&self, volume: &VolumeId) -> Result<u64> {
-        let folder = self.dirs.volume_run(volume);
-        if !folder.join(log::FILE_NAME).exists() {
-            return Ok(0);
-        }
-        let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
+        let (folder, boot) = (self.dirs.volume_run(volume), log::boot_id()?);
         let begun = Instant::now();
-        let opened = loop {
-            match ReplayLog::open(&folder, &who, log::MIN_CAPACITY) {
+        let seen = loop {
+            match log::peek(&folder, volume, &boot) {
                 // A keeper that was killed lets go of it as the last thing.
                 Err(e) if e.kind() == Kind::Busy && begun.elapsed() < DYING => {
                     std::thread::sleep(Duration::from_millis(10));
@@ -589,10 +585,10 @@ impl LinuxHost {
                 other => break other?,
             }
         };
-        Ok(match opened {
-            log::Opened::Log(log) => log.live(),
-            // Of another boot or volume: it can only be thrown away, which the replay step tells loudly.
-            log::Opened::Foreign { .. } => 0,
+        Ok(match seen {
+            Peeked::Left { entries, .. } => entries,
+            // What may not or cannot be replayed can only be thrown away, which the replay step tells loudly.
+            Peeked::Nothing | Peeked::Void { .. } | Peeked::Damaged { .. } => 0,
         })
     }
 

@@ -189,14 +189,23 @@ pub fn gc(items: &[Item], spec: GcSpec, done: bool) -> Report {
     for item in items.iter().filter(|i| matches!(i.fate, Fate::Would | Fate::Disconnected)) {
         let Some(volume) = &item.device.volume else { continue };
         let name = item.device.path.display();
-        match item.left {
+        match &item.left {
             Some(Left::Entries(n)) => notes.push(format!(
-                "{name}: the replay log of {volume} holds {n} acknowledged writes. It stays; get them back on this node: \
-                 zerofsctl recover {volume}, or attach {volume} here"
+                "{name}: the replay log of {volume} holds {}. It stays; get them back on this node: zerofsctl recover \
+                 {volume}, or attach {volume} here",
+                counted(*n, "acknowledged write")
             )),
             Some(Left::Maybe) => notes.push(format!(
                 "{name}: the replay log of {volume} stays; should it hold acknowledged writes, get them back on this \
                  node: zerofsctl recover {volume}, or attach {volume} here"
+            )),
+            Some(Left::Void(why)) => notes.push(format!(
+                "{name}: the replay log of {volume} is void: {why}. It stays until {volume} is attached here, which \
+                 discards it"
+            )),
+            Some(Left::Damaged(why)) => notes.push(format!(
+                "{name}: the replay log of {volume} cannot be read: {why}. It may hold acknowledged writes, and stays \
+                 until {volume} is attached here, which discards it: copy it before"
             )),
             Some(Left::Nothing) | None => {}
         }

@@ -29,15 +29,19 @@ pub struct GcSpec {
 }
 
 /// What is known of acknowledged writes in a leak's replay log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Left {
     /// There is no log, or an empty one.
     Nothing,
-    /// There is a log, which only the holder of the volume's lock may read.
+    /// There is a log, which only the holder of the volume's lock looks into: it could be in a keeper's way.
     Maybe,
     /// So many entries, all of which stay.
     Entries(u64),
+    /// There is a log that nobody may replay, and why not.
+    Void(String),
+    /// There is a log that cannot be read, and why not: what it holds is not known.
+    Damaged(String),
 }
 
 /// Everything that a collector sees and does.
@@ -120,10 +124,13 @@ pub fn plan<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
 pub fn collect<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
     let mut items = plan(world, spec)?;
     for item in items.iter_mut().filter(|i| i.fate == Fate::Would) {
-        (item.fate, item.left) = match one(world, spec, &item.device) {
-            Ok(left) => (Fate::Disconnected, Some(left)),
-            Err(e) if e.kind() == Kind::Busy => (Fate::Kept(e.message().to_owned()), item.left),
-            Err(e) => (Fate::Failed(e.to_string()), item.left),
+        item.fate = match one(world, spec, &item.device) {
+            Ok(left) => {
+                item.left = Some(left);
+                Fate::Disconnected
+            }
+            Err(e) if e.kind() == Kind::Busy => Fate::Kept(e.message().to_owned()),
+            Err(e) => Fate::Failed(e.to_string()),
         };
     }
     Ok(items)
