@@ -402,7 +402,7 @@ mod nbd_devices {
     use zerofsctl::host::nbd::survey::{Connection, Device, Server, Survey};
     use zerofsctl::host::nbd::usage::Mounted;
     use zerofsctl::host::nbd::verdict::{Proof, Verdict};
-    use zerofsctl::ops::nbd_gc::{Fate, GcSpec, Item, Left};
+    use zerofsctl::ops::nbd_gc::{Fate, GcSpec, Item, Left, Reason};
     use zerofsctl::report::nbd::{ExportInfo, changes, gc, info, list};
     use zerofsctl::zerofs::nbd::{Export, TransmissionFlags};
 
@@ -520,13 +520,13 @@ mod nbd_devices {
                     Some(Verdict::OursLeaked) => {
                         Item { device: d.clone(), fate: leak.clone(), left: Some(left.clone()) }
                     }
-                    _ => Item { device: d.clone(), fate: Fate::Kept(d.why.clone()), left: None },
+                    _ => Item { device: d.clone(), fate: Fate::Kept(Reason::new(&d.why)), left: None },
                 })
                 .collect()
         };
-        forms("nbd-gc-plan", &gc(&with(Fate::Would, Left::Maybe), spec, false));
+        forms("nbd-gc-plan", &gc(&with(Fate::Would, Left::Maybe), spec, false, now()));
         let show = |name: &str, items: &[Item], exit: u8| {
-            let report = gc(items, spec, true);
+            let report = gc(items, spec, true, now());
             assert_eq!(report.exit, exit, "{name}");
             assert_snapshot!(format!("nbd-gc-{name}"), report.render(Format::Table, None).unwrap());
         };
@@ -535,20 +535,35 @@ mod nbd_devices {
         show("done-void-log", &with(Fate::Disconnected, void), 0);
         let damaged = with(Fate::Disconnected, Left::Damaged("its header is damaged".into()));
         show("done-damaged-log", &damaged, 0);
-        show(
-            "young",
-            &with(
-                Fate::Kept("leaked, but known so for 12s only, and 5m are asked for".into()),
-                Left::Nothing,
-            ),
-            0,
-        );
-        show(
-            "failed",
-            &with(Fate::Failed("/dev/nbd2 is not free 10 s after the disconnect".into()), Left::Nothing),
-            1,
-        );
+        let failed = Fate::Failed(Reason::new("/dev/nbd2 is not free 10 s after the disconnect"));
+        show("failed", &with(failed, Left::Nothing), 1);
         show("nothing", &[], 0);
+    }
+
+    /// A leak that is only too young, until then.
+    fn young(due_at: &str) -> Item {
+        let due_at = Some(due_at.parse().unwrap());
+        let why = "leaked, but known so for 12s only, and 5m are asked for".into();
+        Item { device: devices()[2].clone(), fate: Fate::Kept(Reason { why, due_at }), left: None }
+    }
+
+    #[test]
+    fn young_leaks_say_when_to_come_back() {
+        let spec = GcSpec { older_than: Duration::from_secs(300), pause: Duration::from_secs(1) };
+        let table = |items: &[Item], done| {
+            let report = gc(items, spec, done, now());
+            assert_eq!(report.exit, 0);
+            report.render(Format::Table, None).unwrap()
+        };
+        let one = young("2026-11-26T12:04:48Z");
+        assert_snapshot!("nbd-gc-young", table(std::slice::from_ref(&one), true));
+        // Whoever comes back when he was told must not come too early.
+        let (sooner, over) = (young("2026-11-26T12:01:09.2Z"), young("2026-11-26T11:59:59Z"));
+        assert_snapshot!("nbd-gc-young-ones", table(&[one.clone(), sooner], false));
+        assert!(table(&[over], false).contains("known for 5m of 5m; run again in 0s"));
+        let json = gc(&[one], spec, false, now()).render(Format::Json, None).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["data"]["devices"][0]["fate"]["due_at"], "2026-11-26T12:04:48Z");
     }
 
     #[test]
