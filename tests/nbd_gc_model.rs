@@ -71,6 +71,8 @@ struct State {
     /// How likely it is that anything happens at a given moment.
     pace: f64,
     disconnected: Vec<(u32, u64)>,
+    /// The kernel does not let go.
+    stuck: bool,
     history: Vec<String>,
 }
 
@@ -249,6 +251,7 @@ impl Node {
             quiet: false,
             pace: [0.02, 0.1, 0.3, 1.0][(seed % 4) as usize],
             disconnected: vec![],
+            stuck: false,
             history: vec![],
         }))
     }
@@ -401,6 +404,9 @@ impl<'a> World for &'a Node {
     fn disconnect(&self, index: u32, claim: Claim<'a>) -> Result<()> {
         self.things_happen(2);
         let mut s = self.0.borrow_mut();
+        if s.stuck {
+            return Err(Error::failed("it is not free").hint("see who holds it"));
+        }
         let history = s.history.join("\n");
         let Some(slot) = s.slots.remove(&index) else { panic!("nothing is connected there\n{history}") };
         let volume = slot.volume.unwrap_or_else(|| panic!("nbd{index} is foreign: {slot:?}\n{history}"));
@@ -517,4 +523,18 @@ fn a_young_leak_stays_until_it_is_old_enough() {
     assert!(node.0.borrow().disconnected.is_empty());
     let items = collect(&&node, spec).unwrap();
     assert_eq!((&items[0].fate, &items[0].left), (&Fate::Disconnected, &Some(Left::Nothing)));
+}
+
+#[test]
+fn what_fails_is_told_with_its_hint() {
+    let node = Node::new(1, true);
+    let spec = GcSpec { older_than: Duration::ZERO, pause: Duration::from_secs(1) };
+    {
+        let mut s = node.0.borrow_mut();
+        (s.quiet, s.stuck) = (true, true);
+        s.connect("zerofs:vol1".into(), Some(1));
+    }
+    let items = collect(&&node, spec).unwrap();
+    let Fate::Failed(reason) = &items[0].fate else { panic!("{items:?}") };
+    assert_eq!((&*reason.why, reason.hint.as_deref()), ("it is not free", Some("see who holds it")));
 }

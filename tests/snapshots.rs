@@ -535,16 +535,23 @@ mod nbd_devices {
         show("done-void-log", &with(Fate::Disconnected, void), 0);
         let damaged = with(Fate::Disconnected, Left::Damaged("its header is damaged".into()));
         show("done-damaged-log", &damaged, 0);
-        let failed = Fate::Failed(Reason::new("/dev/nbd2 is not free 10 s after the disconnect"));
-        show("failed", &with(failed, Left::Nothing), 1);
+        let slow = Error::failed("/dev/nbd2 is not free 10 s after the disconnect")
+            .hint("see who holds it: fuser -v /dev/nbd2; then run the same command again");
+        show("failed", &with(Fate::Failed(slow.clone().into()), Left::Nothing), 1);
+        let json = gc(&with(Fate::Failed(slow.clone().into()), Left::Nothing), spec, true, now());
+        let failed = &json.data["devices"][2]["fate"];
+        assert_eq!((&failed["why"], &failed["hint"]), (&slow.message().into(), &slow.hint_text().into()));
+        let busy = Error::new(Kind::Busy, "another command is at work on it (pid 4711)")
+            .hint("wait for it, or see what it does: zerofsctl show vol3");
+        show("busy", &with(Fate::Kept(busy.into()), Left::Maybe), 0);
         show("nothing", &[], 0);
     }
 
     /// A leak that is only too young, until then.
     fn young(due_at: &str) -> Item {
         let due_at = Some(due_at.parse().unwrap());
-        let why = "leaked, but known so for 12s only, and 5m are asked for".into();
-        Item { device: devices()[2].clone(), fate: Fate::Kept(Reason { why, due_at }), left: None }
+        let reason = Reason::new("leaked, but known so for 12s only, and 5m are asked for");
+        Item { device: devices()[2].clone(), fate: Fate::Kept(Reason { due_at, ..reason }), left: None }
     }
 
     #[test]

@@ -214,6 +214,12 @@ pub fn gc(items: &[Item], spec: GcSpec, done: bool, now: Timestamp) -> Report {
             Some(Left::Nothing) | None => {}
         }
     }
+    notes.extend(items.iter().filter_map(|item| match &item.fate {
+        Fate::Kept(reason) | Fate::Failed(reason) => {
+            Some(format!("{}: hint: {}", item.device.path.display(), reason.hint.as_ref()?))
+        }
+        Fate::Would | Fate::Disconnected => None,
+    }));
     notes.extend(come_back);
     if would > 0 {
         notes.push("hint: disconnect them: zerofsctl nbd gc --yes".into());

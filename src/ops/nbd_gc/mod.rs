@@ -89,6 +89,9 @@ pub enum Fate {
 pub struct Reason {
     /// The sentence.
     pub why: String,
+    /// What to do about it; a command where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
     /// Of a leak that is only too young: from when on it may go.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub due_at: Option<Timestamp>,
@@ -97,13 +100,13 @@ pub struct Reason {
 impl Reason {
     /// One that time alone does not end.
     pub fn new(why: impl Into<String>) -> Reason {
-        Reason { why: why.into(), due_at: None }
+        Reason { why: why.into(), hint: None, due_at: None }
     }
 }
 
 impl From<Error> for Reason {
     fn from(e: Error) -> Reason {
-        Reason::new(e.message())
+        Reason { hint: e.hint_text().map(str::to_owned), ..Reason::new(e.message()) }
     }
 }
 
@@ -171,7 +174,8 @@ fn one<W: World>(world: &W, spec: GcSpec, item: &mut Item) -> Result<Fate> {
     };
     let before = Some(planned).filter(|p| p.is_same_connection(device));
     if let Some(why) = keep(world, device, before, spec.older_than, world.now())? {
-        return Ok(Fate::Kept(why));
+        let hint = Some("see what it is now: zerofsctl nbd list".into());
+        return Ok(Fate::Kept(Reason { hint, ..why }));
     }
     item.left = Some(world.left(volume, Some(&lock))?);
     world.disconnect(planned.index, claim)?;
@@ -227,12 +231,12 @@ fn reason_to_keep(
         return Some(Reason::new("it is not known since when it is leaked"));
     };
     let age = Duration::try_from(now.duration_since(since)).unwrap_or_default();
-    (age < older_than).then(|| Reason {
-        why: format!(
+    (age < older_than).then(|| {
+        let why = format!(
             "leaked, but known so for {} only, and {} are asked for",
             humantime::format_duration(Duration::from_secs(age.as_secs())),
             humantime::format_duration(older_than)
-        ),
-        due_at: since.checked_add(older_than).ok(),
+        );
+        Reason { due_at: since.checked_add(older_than).ok(), ..Reason::new(why) }
     })
 }
