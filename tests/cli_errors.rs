@@ -14,6 +14,7 @@ use support::require_program;
 
 const USAGE: i32 = 2;
 const ENVIRONMENT: i32 = 1;
+const NOT_FOUND: i32 = 10;
 const BUSY: i32 = 11;
 const UNREACHABLE: i32 = 20;
 const INTERRUPTED: i32 = 130;
@@ -514,6 +515,27 @@ fn root_a_command_while_another_one_works_is_busy() {
     lock.unlock().expect("unlocked");
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("in the end");
+}
+
+#[test]
+fn root_only_a_socket_is_asked_for_what_its_server_has() {
+    let node = Node::new();
+    let at = |name: &str| node.target(name);
+    fs::write(at("file"), "x").expect("a file");
+    std::os::unix::fs::symlink(at("file"), at("link")).expect("a link");
+    nix::unistd::mkfifo(&*at("pipe"), nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+    for path in ["/etc/passwd", "/tmp", "/dev/null", &at("file"), &at("link"), &at("pipe")] {
+        let said = format!("{path} is no socket");
+        node.run(&["nbd", "info", path]).expect_error(USAGE, &[&said]);
+    }
+    node.run(&["nbd", "info", "/"]).expect_error(USAGE, &["/ names no socket"]);
+    node.run(&["nbd", "info", &at("nothing")]).expect_error(NOT_FOUND, &["there is no socket"]);
+    // A socket that nobody has any more, also by a link.
+    drop(std::os::unix::net::UnixListener::bind(at("socket")).expect("a socket"));
+    std::os::unix::fs::symlink(at("socket"), at("to-socket")).expect("a link");
+    for path in [at("socket"), at("to-socket")] {
+        node.run(&["nbd", "info", &path]).expect_error(UNREACHABLE, &["nobody answers"]);
+    }
 }
 
 /// The same run folder with another state folder is another volume of the same name: they are kept apart.

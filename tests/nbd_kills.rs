@@ -348,7 +348,10 @@ fn kills_are_stalls(victim: Victim) {
         // What is promised; a usual run has too few kills, on machines that do other things, to say anything about time.
         assert!(tally.first.len() >= count as usize / 2, "{} stalls of {count} kills", tally.first.len());
         let worst = tally.beyond.iter().max().copied().unwrap_or_default();
-        assert!(worst <= Duration::from_secs(1), "{victim:?}: I/O waited {worst:.2?} longer than the restart took");
+        assert!(
+            worst <= Duration::from_secs(1),
+            "{victim:?}: I/O waited {worst:.2?} longer than the restart took"
+        );
     }
     if !matches!(victim, Victim::Zerofs) {
         assert!(tally.owed > 0, "no keeper has answered what the one before had taken");

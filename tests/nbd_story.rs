@@ -353,6 +353,49 @@ fn nbd_the_index_of_a_device_that_failed_goes_to_nobody_while_its_link_stands() 
 }
 
 /// Whoever got its index next would be written to by the users of the link.
+/// The data of a leak that only its replay log has.
+#[test]
+fn nbd_gc_tells_how_many_writes_of_a_leak_were_never_flushed_and_leaves_them() {
+    const WRITES: u64 = 8;
+    let node = node();
+    let before = connected();
+    let link = node.target("disk");
+    let attach = ["attach", "vol1", "--target", &link, "--size", "256Mi", "--block", "--transport", "nbd"];
+    assert!(node.killed_at("connect:after", &attach));
+    let device = sysfs::named(&nbd::backend_id(&"vol1".parse().unwrap())).unwrap()[0].path();
+    for n in 0..WRITES {
+        // A close writes it out, and flushes nothing.
+        let file = File::options().write(true).open(&device).unwrap();
+        file.write_all_at(&pattern(n, 4096), n * MIB as u64).unwrap();
+    }
+    assert!(node.kill(Victim::Both));
+    let log = node.run_root().join("volumes/vol1/replay.log");
+    let state = || (fs::read(&log).unwrap(), fs::metadata(&log).unwrap().modified().unwrap());
+    let left = state();
+    let gc = |words: &[&str]| {
+        let answer = node.json(&[&["nbd", "gc", "--older-than", "0s"], words].concat());
+        let items = answer["devices"].as_array().unwrap();
+        items.iter().find(|i| i["device"]["volume"] == "vol1").unwrap_or_else(|| panic!("{answer:#}")).clone()
+    };
+    let plan = gc(&[]);
+    assert_eq!((&plan["fate"]["outcome"], &plan["left"]), (&"would".into(), &"maybe".into()), "{plan:#}");
+    let done = gc(&["--yes"]);
+    assert_eq!(done["fate"]["outcome"], "disconnected", "{done:#}");
+    assert_eq!(done["left"]["entries"], WRITES, "{done:#}");
+    assert!(left == state(), "gc has changed the replay log");
+    assert_eq!(connected(), before);
+    node.ok(&attach);
+    let file = File::open(&link).unwrap();
+    for n in 0..WRITES {
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, n * MIB as u64).unwrap();
+        assert!(bytes[..] == pattern(n, 4096), "write {n} is lost");
+    }
+    drop(file);
+    node.ok(&["detach", "vol1"]);
+    node.assert_nothing_left("at the end");
+}
+
 #[test]
 fn nbd_gc_leaves_the_device_that_a_link_still_leads_to() {
     let node = node();

@@ -106,6 +106,9 @@ fn nbd_smoke_gc_takes_the_leak_and_leaves_what_is_foreign() {
         assert_eq!(planned, [index], "{plan}");
         let (young, _) = ask(dir, &["gc", "--yes"]);
         assert!(fates(&young).iter().all(|f| f.1 == "kept"), "{young}");
+        let items = young["data"]["devices"].as_array().unwrap();
+        let due: Vec<_> = items.iter().filter(|i| i["fate"]["due_at"].is_string()).collect();
+        assert_eq!((due.len(), &due[0]["device"]["index"]), (1, &index.into()), "{young}");
         assert!(leaked.state().connected);
 
         // While a command holds the volume, it stays; then it goes, and alone.

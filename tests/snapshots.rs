@@ -402,7 +402,7 @@ mod nbd_devices {
     use zerofsctl::host::nbd::survey::{Connection, Device, Server, Survey};
     use zerofsctl::host::nbd::usage::Mounted;
     use zerofsctl::host::nbd::verdict::{Proof, Verdict};
-    use zerofsctl::ops::nbd_gc::{Fate, GcSpec, Item, Left};
+    use zerofsctl::ops::nbd_gc::{Fate, GcSpec, Item, Left, Reason};
     use zerofsctl::report::nbd::{ExportInfo, changes, gc, info, list};
     use zerofsctl::zerofs::nbd::{Export, TransmissionFlags};
 
@@ -518,33 +518,59 @@ mod nbd_devices {
                 .iter()
                 .map(|d| match d.verdict {
                     Some(Verdict::OursLeaked) => {
-                        Item { device: d.clone(), fate: leak.clone(), left: Some(left) }
+                        Item { device: d.clone(), fate: leak.clone(), left: Some(left.clone()) }
                     }
-                    _ => Item { device: d.clone(), fate: Fate::Kept(d.why.clone()), left: None },
+                    _ => Item { device: d.clone(), fate: Fate::Kept(Reason::new(&d.why)), left: None },
                 })
                 .collect()
         };
-        forms("nbd-gc-plan", &gc(&with(Fate::Would, Left::Maybe), spec, false));
+        forms("nbd-gc-plan", &gc(&with(Fate::Would, Left::Maybe), spec, false, now()));
         let show = |name: &str, items: &[Item], exit: u8| {
-            let report = gc(items, spec, true);
+            let report = gc(items, spec, true, now());
             assert_eq!(report.exit, exit, "{name}");
             assert_snapshot!(format!("nbd-gc-{name}"), report.render(Format::Table, None).unwrap());
         };
         show("done", &with(Fate::Disconnected, Left::Entries(7)), 0);
-        show(
-            "young",
-            &with(
-                Fate::Kept("leaked, but known so for 12s only, and 5m are asked for".into()),
-                Left::Nothing,
-            ),
-            0,
-        );
-        show(
-            "failed",
-            &with(Fate::Failed("/dev/nbd2 is not free 10 s after the disconnect".into()), Left::Nothing),
-            1,
-        );
+        let void = Left::Void("it is from before the last reboot".into());
+        show("done-void-log", &with(Fate::Disconnected, void), 0);
+        let damaged = with(Fate::Disconnected, Left::Damaged("its header is damaged".into()));
+        show("done-damaged-log", &damaged, 0);
+        let slow = Error::failed("/dev/nbd2 is not free 10 s after the disconnect")
+            .hint("see who holds it: fuser -v /dev/nbd2; then run the same command again");
+        show("failed", &with(Fate::Failed(slow.clone().into()), Left::Nothing), 1);
+        let json = gc(&with(Fate::Failed(slow.clone().into()), Left::Nothing), spec, true, now());
+        let failed = &json.data["devices"][2]["fate"];
+        assert_eq!((&failed["why"], &failed["hint"]), (&slow.message().into(), &slow.hint_text().into()));
+        let busy = Error::new(Kind::Busy, "another command is at work on it (pid 4711)")
+            .hint("wait for it, or see what it does: zerofsctl show vol3");
+        show("busy", &with(Fate::Kept(busy.into()), Left::Maybe), 0);
         show("nothing", &[], 0);
+    }
+
+    /// A leak that is only too young, until then.
+    fn young(due_at: &str) -> Item {
+        let due_at = Some(due_at.parse().unwrap());
+        let reason = Reason::new("leaked, but known so for 12s only, and 5m are asked for");
+        Item { device: devices()[2].clone(), fate: Fate::Kept(Reason { due_at, ..reason }), left: None }
+    }
+
+    #[test]
+    fn young_leaks_say_when_to_come_back() {
+        let spec = GcSpec { older_than: Duration::from_secs(300), pause: Duration::from_secs(1) };
+        let table = |items: &[Item], done| {
+            let report = gc(items, spec, done, now());
+            assert_eq!(report.exit, 0);
+            report.render(Format::Table, None).unwrap()
+        };
+        let one = young("2026-11-26T12:04:48Z");
+        assert_snapshot!("nbd-gc-young", table(std::slice::from_ref(&one), true));
+        // Whoever comes back when he was told must not come too early.
+        let (sooner, over) = (young("2026-11-26T12:01:09.2Z"), young("2026-11-26T11:59:59Z"));
+        assert_snapshot!("nbd-gc-young-ones", table(&[one.clone(), sooner], false));
+        assert!(table(&[over], false).contains("known for 5m of 5m; run again in 0s"));
+        let json = gc(&[one], spec, false, now()).render(Format::Json, None).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["data"]["devices"][0]["fate"]["due_at"], "2026-11-26T12:04:48Z");
     }
 
     #[test]

@@ -228,6 +228,59 @@ pub enum Opened {
     },
 }
 
+/// What [`peek`] sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Peeked {
+    /// There is no log, or none of its entries would be replayed.
+    Nothing,
+    /// What a replay would carry out.
+    Left {
+        /// The number of entries.
+        entries: u64,
+        /// Their bytes on the device.
+        bytes: u64,
+        /// The attach epoch that they were written under.
+        epoch: u64,
+    },
+    /// It is of another boot or volume: a replay could put old data over new.
+    Void {
+        /// Which of these.
+        why: String,
+    },
+    /// Whether it holds anything cannot be told.
+    Damaged {
+        /// Why not.
+        why: String,
+    },
+}
+
+/// Looks at the log in `dir` and leaves it as it is: nothing is stored, made or reserved, so a full disk is no matter.
+///
+/// [`ErrorKind::Busy`] while a keeper has it. As long as the look takes, a keeper that starts would find it busy too:
+/// whoever can keep operations on the volume away should do so.
+pub fn peek(dir: &Path, volume: &VolumeId, boot: &str) -> Result<Peeked> {
+    let path = dir.join(FILE_NAME);
+    let file = match OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
+        .open(&path)
+    {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Peeked::Nothing),
+        Err(e) => return Err(e).doing("open the replay log", &path),
+    };
+    locked(file.try_lock_shared(), &path)?;
+    let header = match Known::of(&file, &path, volume, boot)? {
+        Known::Ours(header) => header,
+        Known::Void(why) => return Ok(Peeked::Void { why }),
+        Known::Damaged(why) => return Ok(Peeked::Damaged { why }),
+    };
+    let found = scan(&file, &header).doing("read the replay log", &path)?;
+    let (entries, bytes) =
+        found.iter().filter(|e| e.is_live()).fold((0, 0), |(n, bytes), e| (n + 1, bytes + e.len));
+    Ok(if entries == 0 { Peeked::Nothing } else { Peeked::Left { entries, bytes, epoch: header.epoch } })
+}
+
 /// The header, which exists in two slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Header {
@@ -301,6 +354,129 @@ impl Header {
     }
 }
 
+/// What a file says that it is.
+enum Known {
+    /// A log of this volume and boot.
+    Ours(Header),
+    /// A log of another one, and of which.
+    Void(String),
+    /// Nothing that could be read as a log, and why not.
+    Damaged(String),
+}
+
+impl Known {
+    fn of(file: &File, path: &Path, volume: &VolumeId, boot: &str) -> Result<Known> {
+        let mut best: Result<Header, &str> = Err("it is no replay log");
+        for i in 0..2 {
+            let mut slot = [0; SLOT];
+            match file.read_exact_at(&mut slot, i * SLOT as u64) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break,
+                Err(e) => return Err(e).doing("read the replay log", path),
+            }
+            best = match (Header::decode(&slot), best) {
+                (Ok(new), Ok(old)) if new.generation < old.generation => Ok(old),
+                (Ok(new), _) => Ok(new),
+                (Err(_), Ok(old)) => Ok(old),
+                (Err(why), Err(_)) => Err(why),
+            };
+        }
+        let header = match best {
+            Ok(header) => header,
+            Err(why) => return Ok(Known::Damaged(why.to_owned())),
+        };
+        if header.volume != volume.as_str() {
+            return Ok(Known::Void(format!("it belongs to volume {:?}", header.volume)));
+        }
+        if header.boot != boot {
+            return Ok(Known::Void("it is from before the last reboot".to_owned()));
+        }
+        let len = file.metadata().doing("read", path)?.len();
+        if !(MIN_CAPACITY..=1 << 40).contains(&header.capacity)
+            || !header.capacity.is_multiple_of(UNIT)
+            || len != DATA + header.capacity
+        {
+            return Ok(Known::Damaged("its size is wrong".to_owned()));
+        }
+        Ok(Known::Ours(header))
+    }
+}
+
+/// The entries from the tail on, up to the first that is not whole.
+fn scan(file: &File, header: &Header) -> io::Result<VecDeque<Entry>> {
+    let (capacity, tail) = (header.capacity, header.tail);
+    let mut ring = Ring { file, end: DATA + capacity, at: DATA, bytes: Vec::new() };
+    let mut found = VecDeque::new();
+    let (mut pos, mut seq) = (tail, header.tail_seq);
+    loop {
+        let at = pos % capacity;
+        if at + UNIT > capacity || pos - tail + UNIT > capacity {
+            break;
+        }
+        let raw: [u8; UNIT as usize] = ring.get(at, UNIT)?.try_into().expect("sixty-four bytes");
+        let number = |i: usize| u64::from_le_bytes(raw[i..i + 8].try_into().expect("eight bytes"));
+        let Some(kind) = Kind::from_byte(raw[36]) else { break };
+        let entry = Entry {
+            kind,
+            offset: number(16),
+            len: number(24),
+            pos,
+            total: number(40),
+            acked: 1,
+            settled: raw[FLAGS_AT as usize] == SETTLED || kind == Kind::Pad,
+        };
+        let wanted = match kind {
+            Kind::Pad => capacity - at,
+            Kind::Write if entry.len > MAX_PAYLOAD => break,
+            kind => entry_total(kind, entry.len),
+        };
+        if number(0) != header.id
+            || number(8) != seq
+            || entry.total != wanted
+            || at + wanted > capacity
+            || pos - tail + wanted > capacity
+        {
+            break;
+        }
+        let payload = match kind {
+            Kind::Write => ring.get(at + UNIT, entry.len)?,
+            _ => &[],
+        };
+        let crc = checksum(&entry_header(header.id, seq, &entry), payload);
+        if raw[CRC_AT..CRC_AT + 4] != crc.to_le_bytes() {
+            break;
+        }
+        found.push_back(entry);
+        pos += wanted;
+        seq += 1;
+    }
+    Ok(found)
+}
+
+/// The ring, read in large pieces. Not through a mapping: that would take a page of a tmpfs for each hole it looks at.
+struct Ring<'a> {
+    file: &'a File,
+    end: u64,
+    /// Where the piece that is here starts in the file.
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Ring<'_> {
+    /// `len` bytes from `pos` of the ring on, which end within it.
+    fn get(&mut self, pos: u64, len: u64) -> io::Result<&[u8]> {
+        let at = DATA + pos;
+        if at < self.at || at + len > self.at + self.bytes.len() as u64 {
+            // Any header comes together with its payload.
+            self.bytes.resize(len.max(UNIT + MAX_PAYLOAD).min(self.end - at) as usize, 0);
+            self.at = at;
+            self.file.read_exact_at(&mut self.bytes, at)?;
+        }
+        let start = (at - self.at) as usize;
+        Ok(&self.bytes[start..start + len as usize])
+    }
+}
+
 /// What is known of the blocks of one chunk of the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Chunk {
@@ -369,42 +545,14 @@ impl ReplayLog {
             }
             Err(e) => return Err(e).doing("open the replay log", &path),
         };
-        lock(&file, &path)?;
-        let foreign = |why: &str| Ok(Opened::Foreign { why: why.to_owned() });
-        let mut best: Result<Header, &str> = Err("it is no replay log");
-        for i in 0..2 {
-            let mut slot = [0; SLOT];
-            match file.read_exact_at(&mut slot, i * SLOT as u64) {
-                Ok(()) => {}
-                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break,
-                Err(e) => return Err(e).doing("read the replay log", &path),
-            }
-            best = match (Header::decode(&slot), best) {
-                (Ok(new), Ok(old)) if new.generation < old.generation => Ok(old),
-                (Ok(new), _) => Ok(new),
-                (Err(_), Ok(old)) => Ok(old),
-                (Err(why), Err(_)) => Err(why),
-            };
-        }
-        let header = match best {
-            Ok(header) => header,
-            Err(why) => return foreign(why),
+        locked(file.try_lock(), &path)?;
+        let header = match Known::of(&file, &path, &who.volume, &who.boot)? {
+            Known::Ours(header) => header,
+            Known::Void(why) | Known::Damaged(why) => return Ok(Opened::Foreign { why }),
         };
-        if header.volume != who.volume.as_str() {
-            return foreign(&format!("it belongs to volume {:?}", header.volume));
-        }
-        if header.boot != who.boot {
-            return foreign("it is from before the last reboot");
-        }
-        let len = file.metadata().doing("read", &path)?.len();
-        if !(MIN_CAPACITY..=1 << 40).contains(&header.capacity)
-            || !header.capacity.is_multiple_of(UNIT)
-            || len != DATA + header.capacity
-        {
-            return foreign("its size is wrong");
-        }
+        let found = scan(&file, &header).doing("read the replay log", &path)?;
         let mut log = Self::map(path, file, header)?;
-        log.scan();
+        log.take_in(found);
         if log.is_empty() && log.header.capacity != rounded(capacity) {
             drop(log);
             return Self::create(dir, who, capacity).map(Opened::Log);
@@ -428,7 +576,7 @@ impl ReplayLog {
         // Made beside and renamed, so that a kill in the middle leaves no half a log.
         let new = dir.join(".replay.log.new");
         let file = new_file(&new, "create the replay log")?;
-        lock(&file, &new)?;
+        locked(file.try_lock(), &new)?;
         file.set_len(DATA + capacity).doing("size the replay log", &new)?;
         let header = Header {
             generation: 0,
@@ -479,66 +627,12 @@ impl ReplayLog {
         })
     }
 
-    /// Reads the entries from the tail on, up to the first that is not whole.
-    fn scan(&mut self) {
-        let (capacity, id) = (self.header.capacity, self.header.id);
-        // SAFETY: the whole ring, and nobody stores to it while it is being opened. Holes read as zeros.
-        let ring = unsafe { self.map.payload(Payload { at: DATA as usize, len: capacity as usize }) };
-        let map = Arc::clone(&self.map);
-        let _keep = map;
-        let mut found = VecDeque::new();
-        let (mut pos, mut seq, mut live) = (self.header.tail, self.header.tail_seq, 0);
-        loop {
-            let at = pos % capacity;
-            if at + UNIT > capacity || pos - self.header.tail + UNIT > capacity {
-                break;
-            }
-            let raw: &[u8; UNIT as usize] =
-                ring[at as usize..(at + UNIT) as usize].try_into().expect("sixty-four bytes");
-            let number = |i: usize| u64::from_le_bytes(raw[i..i + 8].try_into().expect("eight bytes"));
-            let Some(kind) = Kind::from_byte(raw[36]) else { break };
-            let entry = Entry {
-                kind,
-                offset: number(16),
-                len: number(24),
-                pos,
-                total: number(40),
-                acked: 1,
-                settled: raw[FLAGS_AT as usize] == SETTLED || kind == Kind::Pad,
-            };
-            let wanted = match kind {
-                Kind::Pad => capacity - at,
-                Kind::Write if entry.len > MAX_PAYLOAD => break,
-                kind => entry_total(kind, entry.len),
-            };
-            let used = pos - self.header.tail;
-            if number(0) != id
-                || number(8) != seq
-                || entry.total != wanted
-                || at + wanted > capacity
-                || used + wanted > capacity
-            {
-                break;
-            }
-            let payload = match kind {
-                Kind::Write => &ring[(at + UNIT) as usize..(at + UNIT + entry.len) as usize],
-                _ => &[],
-            };
-            let crc = checksum(&entry_header(id, seq, &entry), payload);
-            if raw[CRC_AT..CRC_AT + 4] != crc.to_le_bytes() {
-                break;
-            }
-            if entry.is_live() {
-                live += entry.len;
-            }
-            found.push_back(entry);
-            pos += wanted;
-            seq += 1;
-        }
+    /// The entries that an earlier keeper left.
+    fn take_in(&mut self, found: VecDeque<Entry>) {
+        self.head += found.iter().map(|e| e.total).sum::<u64>();
+        self.next_seq += found.len() as u64;
+        self.live_bytes = found.iter().filter(|e| e.is_live()).map(|e| e.len).sum();
         self.entries = found;
-        self.live_bytes = live;
-        self.head = pos;
-        self.next_seq = seq;
         self.pop_settled();
     }
 
@@ -987,8 +1081,9 @@ fn rounded(capacity: u64) -> u64 {
     capacity.max(MIN_CAPACITY).next_multiple_of(DATA)
 }
 
-fn lock(file: &File, path: &Path) -> Result<()> {
-    file.try_lock().map_err(|e| match e {
+/// What came of an attempt at the lock of a log.
+fn locked(tried: Result<(), std::fs::TryLockError>, path: &Path) -> Result<()> {
+    tried.map_err(|e| match e {
         std::fs::TryLockError::WouldBlock => Error::new(
             ErrorKind::Busy,
             format!("the replay log {} is in use by another keeper", path.display()),
@@ -1311,6 +1406,12 @@ mod tests {
                 if step % 7 == 0 || rng.random_bool(0.1) {
                     let copy = tempfile::tempdir().unwrap();
                     std::fs::copy(log.path(), copy.path().join(FILE_NAME)).unwrap();
+                    let (entries, bytes) = (model.len() as u64, model.iter().map(|e| e.2).sum());
+                    let left = match entries {
+                        0 => Peeked::Nothing,
+                        _ => Peeked::Left { entries, bytes, epoch: who().epoch },
+                    };
+                    assert_eq!(look(copy.path(), &who()), left, "seed {seed}, step {step}");
                     assert!(
                         model == contents(&open(copy.path(), &who())),
                         "seed {seed}, step {step}, reopened"
@@ -1367,6 +1468,104 @@ mod tests {
         assert!(log.is_empty());
         drop(log);
         assert!(open(dir.path(), &who()).is_empty());
+    }
+
+    /// What a look says, which leaves everything as it is.
+    fn look(dir: &Path, who: &Identity) -> Peeked {
+        use std::os::unix::fs::MetadataExt;
+        let names = || {
+            let all = std::fs::read_dir(dir).unwrap();
+            all.map(|e| e.unwrap().file_name()).collect::<std::collections::BTreeSet<_>>()
+        };
+        let path = dir.join(FILE_NAME);
+        let state = || {
+            let meta = std::fs::metadata(&path).ok()?;
+            Some((
+                meta.ino(),
+                meta.len(),
+                meta.blocks(),
+                meta.modified().unwrap(),
+                std::fs::read(&path).unwrap(),
+            ))
+        };
+        if let Ok(file) = File::options().write(true).open(&path) {
+            // So that any change after it shows, however soon it comes.
+            file.set_modified(std::time::UNIX_EPOCH).unwrap();
+        }
+        let before = (names(), state());
+        let seen = peek(dir, &who.volume, &who.boot).unwrap();
+        assert!(before == (names(), state()), "a look has changed the log: {seen:?}");
+        seen
+    }
+
+    #[test]
+    fn a_look_tells_what_is_left_and_leaves_the_file_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(look(dir.path(), &who()), Peeked::Nothing);
+        let other_epoch = Identity { epoch: 8, ..who() };
+        drop(open(dir.path(), &other_epoch));
+        assert_eq!(look(dir.path(), &who()), Peeked::Nothing);
+        // The ring of a real volume, of which most is a hole.
+        let Opened::Log(mut log) = ReplayLog::open(dir.path(), &who(), 256 << 20).unwrap() else { panic!() };
+        let one = log.append(Kind::Write, 0, 5, b"first").unwrap();
+        log.append(Kind::Write, 4096, 5, b"hello").unwrap();
+        let trim = log.append(Kind::Trim, 0, 1 << 33, &[]).unwrap();
+        log.append(Kind::Zero, 512, 512, &[]).unwrap();
+        log.void(trim);
+        log.void(one);
+        drop(log);
+        assert_eq!(look(dir.path(), &who()), Peeked::Left { entries: 2, bytes: 517, epoch: 3 });
+        let Opened::Log(mut log) = ReplayLog::open(dir.path(), &who(), MIN_CAPACITY).unwrap() else {
+            panic!()
+        };
+        log.clear();
+        drop(log);
+        assert_eq!(look(dir.path(), &who()), Peeked::Nothing, "an empty log of another capacity");
+    }
+
+    #[test]
+    fn a_look_tells_a_log_that_is_void_from_one_that_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path(), &who()).append(Kind::Write, 1, 1, &[1]).unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let good = std::fs::read(&path).unwrap();
+        let void = |who: &Identity, needle: &str| match look(dir.path(), who) {
+            Peeked::Void { why } => assert!(why.contains(needle), "{why}"),
+            other => panic!("{other:?}"),
+        };
+        void(&Identity { boot: "boot-b".into(), ..who() }, "reboot");
+        void(&Identity { volume: "vol2".parse().unwrap(), ..who() }, "vol1");
+        for (bad, needle) in [
+            (vec![], "no replay log"),
+            (b"short".to_vec(), "no replay log"),
+            (good[..good.len() - 1].to_vec(), "size"),
+            ([&good[..20], &[9; 400], &good[420..532], &[9; 400], &good[932..]].concat(), "damaged"),
+        ] {
+            std::fs::write(&path, bad).unwrap();
+            match look(dir.path(), &who()) {
+                Peeked::Damaged { why } => assert!(why.contains(needle), "{why}"),
+                other => panic!("{other:?}"),
+            }
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(peek(dir.path(), &who().volume, &who().boot).is_err(), "a folder is no log");
+    }
+
+    #[test]
+    fn a_look_at_a_log_that_a_keeper_has_is_busy_and_takes_nothing_from_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let peek = || peek(dir.path(), &who().volume, &who().boot);
+        let mut log = open(dir.path(), &who());
+        log.append(Kind::Trim, 0, 1, &[]).unwrap();
+        let busy = peek().unwrap_err();
+        assert_eq!(busy.kind(), ErrorKind::Busy);
+        let second = ReplayLog::open(dir.path(), &who(), MIN_CAPACITY).unwrap_err();
+        assert_eq!(busy.to_string(), second.to_string(), "a look has taken the keeper's lock away");
+        drop(log);
+        let other_look = File::open(dir.path().join(FILE_NAME)).unwrap();
+        other_look.lock_shared().unwrap();
+        assert_eq!(peek().unwrap(), Peeked::Left { entries: 1, bytes: 1, epoch: 3 });
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The forms of what `zerofsctl nbd` answers.
 
+use std::time::Duration;
+
 use jiff::{RoundMode, SpanRound, Timestamp, Unit};
 use serde_json::json;
 
@@ -152,15 +154,15 @@ fn age(since: Timestamp, now: Timestamp) -> String {
 }
 
 /// The answer of `nbd gc`: the plan, or with `done` what became of it.
-pub fn gc(items: &[Item], spec: GcSpec, done: bool) -> Report {
+pub fn gc(items: &[Item], spec: GcSpec, done: bool, now: Timestamp) -> Report {
     let rows = items
         .iter()
         .map(|i| {
             let (outcome, why) = match &i.fate {
                 Fate::Would => ("would disconnect", i.device.why.clone()),
                 Fate::Disconnected => ("disconnected", i.device.why.clone()),
-                Fate::Kept(why) => ("kept", why.clone()),
-                Fate::Failed(why) => ("failed", why.clone()),
+                Fate::Kept(reason) => ("kept", reason.why.clone()),
+                Fate::Failed(reason) => ("failed", reason.why.clone()),
             };
             vec![
                 i.device.path.display().to_string(),
@@ -178,7 +180,9 @@ pub fn gc(items: &[Item], spec: GcSpec, done: bool) -> Report {
         count(|f| matches!(f, Fate::Failed(_))),
     );
     let devices = |n: usize| counted(n, "device");
+    let come_back = come_back(items, spec, now);
     let summary = match (done, would, gone, failed) {
+        (false, 0, ..) if come_back.is_some() => "nothing to collect yet".to_owned(),
         (false, 0, ..) => "nothing to collect".to_owned(),
         (false, n, ..) => format!("{} would be disconnected; nothing was changed", devices(n)),
         (true, _, 0, 0) => "nothing was collected".into(),
@@ -189,18 +193,34 @@ pub fn gc(items: &[Item], spec: GcSpec, done: bool) -> Report {
     for item in items.iter().filter(|i| matches!(i.fate, Fate::Would | Fate::Disconnected)) {
         let Some(volume) = &item.device.volume else { continue };
         let name = item.device.path.display();
-        match item.left {
+        match &item.left {
             Some(Left::Entries(n)) => notes.push(format!(
-                "{name}: the replay log of {volume} holds {n} acknowledged writes. It stays; get them back on this node: \
-                 zerofsctl recover {volume}, or attach {volume} here"
+                "{name}: the replay log of {volume} holds {}. It stays; get them back on this node: zerofsctl recover \
+                 {volume}, or attach {volume} here",
+                counted(*n, "acknowledged write")
             )),
             Some(Left::Maybe) => notes.push(format!(
                 "{name}: the replay log of {volume} stays; should it hold acknowledged writes, get them back on this \
                  node: zerofsctl recover {volume}, or attach {volume} here"
             )),
+            Some(Left::Void(why)) => notes.push(format!(
+                "{name}: the replay log of {volume} is void: {why}. It stays until {volume} is attached here, which \
+                 discards it"
+            )),
+            Some(Left::Damaged(why)) => notes.push(format!(
+                "{name}: the replay log of {volume} cannot be read: {why}. It may hold acknowledged writes, and stays \
+                 until {volume} is attached here, which discards it: copy it before"
+            )),
             Some(Left::Nothing) | None => {}
         }
     }
+    notes.extend(items.iter().filter_map(|item| match &item.fate {
+        Fate::Kept(reason) | Fate::Failed(reason) => {
+            Some(format!("{}: hint: {}", item.device.path.display(), reason.hint.as_ref()?))
+        }
+        Fate::Would | Fate::Disconnected => None,
+    }));
+    notes.extend(come_back);
     if would > 0 {
         notes.push("hint: disconnect them: zerofsctl nbd gc --yes".into());
     }
@@ -223,6 +243,41 @@ pub fn gc(items: &[Item], spec: GcSpec, done: bool) -> Report {
     } else {
         report.table(&["DEVICE", "OUTCOME", "VERDICT", "VOLUME", "WHY"], rows)
     }
+}
+
+/// For how long leaks that are only too young have been known, and when they are old enough.
+fn come_back(items: &[Item], spec: GcSpec, now: Timestamp) -> Option<String> {
+    let mut waits: Vec<Duration> = items
+        .iter()
+        .filter_map(|item| match &item.fate {
+            Fate::Kept(reason) => Some(seconds_until(reason.due_at?, now)),
+            _ => None,
+        })
+        .collect();
+    waits.sort_unstable();
+    let (first, last) = (*waits.first()?, *waits.last()?);
+    let text = humantime::format_duration;
+    let known = |wait| text(spec.older_than.saturating_sub(wait));
+    let are = if waits.len() == 1 { "is" } else { "are" };
+    let leaks = format!("{} {are} kept", counted(waits.len(), "leak"));
+    let of = text(spec.older_than);
+    Some(if first == last {
+        format!("{leaks}: known for {} of {of}; run again in {}", known(first), text(first))
+    } else {
+        format!(
+            "{leaks}: known for {} to {} of {of}; run again in {}, and in {} for all",
+            known(last),
+            known(first),
+            text(first),
+            text(last)
+        )
+    })
+}
+
+/// Rounded up, so that whoever waits for so long is not too early.
+fn seconds_until(at: Timestamp, now: Timestamp) -> Duration {
+    let left = Duration::try_from(at.duration_since(now)).unwrap_or_default();
+    Duration::from_secs(left.as_secs() + u64::from(left.subsec_nanos() > 0))
 }
 
 /// What a server says of one export.

@@ -36,5 +36,5 @@ pub fn run(args: &GcArgs, context: &Context) -> Result<Report> {
     context.require_root()?;
     let node = Node::new(&context.dirs()?.run);
     let items = if args.yes { collect(&node, spec)? } else { plan(&node, spec)? };
-    Ok(nbd::gc(&items, spec, args.yes))
+    Ok(nbd::gc(&items, spec, args.yes, jiff::Timestamp::now()))
 }

@@ -1,3 +1,4 @@
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -8,6 +9,8 @@ use crate::report::Report;
 use crate::report::nbd::{self, ExportInfo};
 use crate::zerofs::nbd::Inquiry;
 use crate::zerofs::sock;
+
+const GIVE_A_SOCKET: &str = "give the server's unix socket; zerofsctl show VOLUME names it";
 
 /// Ask an NBD server on a unix socket for its exports, their sizes and what it can do
 ///
@@ -28,9 +31,12 @@ pub fn run(args: &InfoArgs, context: &Context) -> Result<Report> {
     let path = context.cwd.join(&args.socket);
     let name = path.file_name().and_then(|n| n.to_str());
     let (Some(folder), Some(name)) = (path.parent(), name) else {
-        return Err(Error::usage(format!("{} names no socket", path.display()))
-            .hint("give the server's unix socket; zerofsctl show VOLUME names it"));
+        return Err(Error::usage(format!("{} names no socket", path.display())).hint(GIVE_A_SOCKET));
     };
+    // A connect to anything else fails as if nobody listened. What cannot be looked at, the connect tells.
+    if std::fs::metadata(&path).is_ok_and(|meta| !meta.file_type().is_socket()) {
+        return Err(Error::usage(format!("{} is no socket", path.display())).hint(GIVE_A_SOCKET));
+    }
     let ask = || -> Result<Inquiry<_>> {
         let stream = sock::connect(folder, name).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => {
@@ -42,7 +48,7 @@ pub fn run(args: &InfoArgs, context: &Context) -> Result<Report> {
                     .hint("look whether its server runs: zerofsctl list")
             }
             _ => match Err::<(), _>(e).doing("connect to", &path) {
-                Err(e) => e.hint("give the server's unix socket; zerofsctl show VOLUME names it"),
+                Err(e) => e.hint(GIVE_A_SOCKET),
                 Ok(()) => Error::failed("a connect failed without an error"),
             },
         })?;

@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::{KeeperOptions, KeeperView, Observe, StopOptions};
 use crate::keeper;
 use crate::keeper::control::{self, State, Status, Stopped};
-use crate::keeper::log::{self, ReplayLog};
+use crate::keeper::log::{self, Peeked, ReplayLog};
 use crate::keeper::path::LogState;
 use crate::keeper::process::Process;
 use crate::values::{ByteSize, VolumeId};
@@ -118,9 +118,8 @@ impl LinuxHost {
         if record.as_ref().is_some_and(is_ours) {
             return Ok(true);
         }
-        let epoch = self.open_log(volume)?.map(|log| log.epoch());
-        match (record, epoch) {
-            (Some(record), Some(epoch)) if record.epoch > epoch => Ok(false),
+        match (record, self.peek_log(volume)?) {
+            (Some(record), Peeked::Left { epoch, .. }) if record.epoch > epoch => Ok(false),
             _ if left_behind == 0 => Ok(false),
             _ => Err(would_lose(volume, left_behind, "and the volume is not ours in the catalog")),
         }
@@ -189,8 +188,10 @@ impl LinuxHost {
             // No keeper could be started.
             Err(e) if e.kind() == Kind::NotFound => {
                 self.end_orphans(volume)?;
-                let log = self.open_log(volume)?;
-                let (kept_entries, kept_bytes) = log.map_or((0, 0), |log| (log.live(), log.live_bytes()));
+                let (kept_entries, kept_bytes) = match self.peek_log(volume)? {
+                    Peeked::Left { entries, bytes, .. } => (entries, bytes),
+                    Peeked::Nothing | Peeked::Void { .. } | Peeked::Damaged { .. } => (0, 0),
+                };
                 Ok(Stopped { clean: kept_entries == 0, kept_entries, kept_bytes, ..Stopped::default() })
             }
             other => other,
@@ -222,44 +223,53 @@ impl LinuxHost {
         Ok((client.replay()?.entries, None))
     }
 
-    /// The log that no keeper has open, if it is of this boot. Another one can only be thrown away, which the replay step
-    /// tells loudly.
-    fn open_log(&self, volume: &VolumeId) -> Result<Option<ReplayLog>> {
-        let folder = self.dirs.volume_run(volume);
-        if !folder.join(log::FILE_NAME).exists() {
-            return Ok(None);
-        }
-        let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
+    /// What is in the log that no keeper has open.
+    fn peek_log(&self, volume: &VolumeId) -> Result<Peeked> {
+        let (folder, boot) = (self.dirs.volume_run(volume), log::boot_id()?);
         let begun = Instant::now();
-        let opened = loop {
-            match ReplayLog::open(&folder, &who, log::MIN_CAPACITY) {
+        loop {
+            match log::peek(&folder, volume, &boot) {
                 // A keeper that was killed lets go of it as the last thing.
                 Err(e) if e.kind() == Kind::Busy && begun.elapsed() < DYING => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
-                other => break other?,
+                other => break other,
             }
-        };
-        Ok(match opened {
-            log::Opened::Log(log) => Some(log),
-            log::Opened::Foreign { .. } => None,
-        })
+        }
     }
 
     /// The entries in it.
     pub(super) fn left_behind(&self, volume: &VolumeId) -> Result<u64> {
-        Ok(self.open_log(volume)?.map_or(0, |log| log.live()))
+        Ok(match self.peek_log(volume)? {
+            Peeked::Left { entries, .. } => entries,
+            // What may not or cannot be replayed can only be thrown away, which the replay step tells loudly.
+            Peeked::Nothing | Peeked::Void { .. } | Peeked::Damaged { .. } => 0,
+        })
     }
 
     /// What is left in the log when the volume is let go. Of an attach before ours it stays true for the next one here, as
     /// nobody else had the volume meanwhile; of ours it would be lost to an attach elsewhere, which only force may risk.
     pub(super) fn pass_log_on(&self, volume: &VolumeId, record: &VolumeRecord) -> Result<()> {
-        let Some(mut log) = self.open_log(volume)?.filter(|log| log.live() > 0) else { return Ok(()) };
-        if log.epoch() + 1 == record.epoch {
-            log.set_epoch(record.epoch);
-        } else if log.epoch() == record.epoch && !self.force() {
-            return Err(would_lose(volume, log.live(), "which an attach elsewhere would make void"));
+        match self.peek_log(volume)? {
+            Peeked::Left { epoch, .. } if epoch + 1 == record.epoch => {
+                let who = log::Identity { volume: volume.clone(), epoch, boot: log::boot_id()? };
+                let opened = ReplayLog::open(&self.dirs.volume_run(volume), &who, log::MIN_CAPACITY)?;
+                if let log::Opened::Log(mut log) = opened {
+                    log.set_epoch(record.epoch);
+                }
+                Ok(())
+            }
+            Peeked::Left { entries, epoch, .. } if epoch == record.epoch && !self.force() => {
+                Err(would_lose(volume, entries, "which an attach elsewhere would make void"))
+            }
+            Peeked::Damaged { why } if !self.force() => Err(Error::refused(format!(
+                "its replay log cannot be read ({why}), and whether acknowledged writes wait in it cannot be told"
+            ))
+            .hint(format!(
+                "keep a copy of {} for an examination; then let the volume go: zerofsctl detach {volume} --force",
+                self.dirs.volume_run(volume).join(log::FILE_NAME).display()
+            ))),
+            Peeked::Left { .. } | Peeked::Nothing | Peeked::Void { .. } | Peeked::Damaged { .. } => Ok(()),
         }
-        Ok(())
     }
 }

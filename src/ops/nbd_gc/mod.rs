@@ -12,6 +12,7 @@ pub use node::Node;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -29,15 +30,19 @@ pub struct GcSpec {
 }
 
 /// What is known of acknowledged writes in a leak's replay log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Left {
     /// There is no log, or an empty one.
     Nothing,
-    /// There is a log, which only the holder of the volume's lock may read.
+    /// There is a log, which only the holder of the volume's lock looks into: it could be in a keeper's way.
     Maybe,
     /// So many entries, all of which stay.
     Entries(u64),
+    /// There is a log that nobody may replay, and why not.
+    Void(String),
+    /// There is a log that cannot be read, and why not: what it holds is not known.
+    Damaged(String),
 }
 
 /// Everything that a collector sees and does.
@@ -52,7 +57,7 @@ pub trait World {
     /// Lets time pass.
     fn pause(&self, time: Duration);
     /// The time.
-    fn now(&self) -> jiff::Timestamp;
+    fn now(&self) -> Timestamp;
     /// [`Kind::Busy`] while an operation holds the volume.
     fn lock(&self, volume: &VolumeId) -> Result<Self::Lock>;
     /// The kernel's own word that nobody has the device: [`Kind::Busy`] when somebody has.
@@ -67,16 +72,42 @@ pub trait World {
 
 /// What becomes of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "outcome", content = "why")]
+#[serde(rename_all = "kebab-case", tag = "outcome")]
 pub enum Fate {
     /// It would be disconnected.
     Would,
     /// It was disconnected.
     Disconnected,
-    /// It stays, and why.
-    Kept(String),
+    /// It stays.
+    Kept(Reason),
     /// It should have gone, and this went wrong.
-    Failed(String),
+    Failed(Reason),
+}
+
+/// Why a device did not go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Reason {
+    /// The sentence.
+    pub why: String,
+    /// What to do about it; a command where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// Of a leak that is only too young: from when on it may go.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub due_at: Option<Timestamp>,
+}
+
+impl Reason {
+    /// One that time alone does not end.
+    pub fn new(why: impl Into<String>) -> Reason {
+        Reason { why: why.into(), hint: None, due_at: None }
+    }
+}
+
+impl From<Error> for Reason {
+    fn from(e: Error) -> Reason {
+        Reason { hint: e.hint_text().map(str::to_owned), ..Reason::new(e.message()) }
+    }
 }
 
 /// One connected device, and what becomes of it.
@@ -104,13 +135,13 @@ pub fn plan<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
         let fate = match keep(world, &device, before, spec.older_than, now) {
             Ok(None) => Fate::Would,
             Ok(Some(why)) => Fate::Kept(why),
-            Err(e) => Fate::Kept(e.to_string()),
+            Err(e) => Fate::Kept(e.into()),
         };
         let volume = device.volume.as_ref().filter(|_| device.verdict == Some(Verdict::OursLeaked));
         let left = volume.map(|v| world.left(v, None)).transpose();
         match left {
             Ok(left) => Item { device, fate, left },
-            Err(e) => Item { device, fate: Fate::Kept(e.to_string()), left: None },
+            Err(e) => Item { device, fate: Fate::Kept(e.into()), left: None },
         }
     };
     Ok(second.devices.into_iter().filter(Device::is_connected).map(item).collect())
@@ -120,40 +151,39 @@ pub fn plan<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
 pub fn collect<W: World>(world: &W, spec: GcSpec) -> Result<Vec<Item>> {
     let mut items = plan(world, spec)?;
     for item in items.iter_mut().filter(|i| i.fate == Fate::Would) {
-        (item.fate, item.left) = match one(world, spec, &item.device) {
-            Ok(left) => (Fate::Disconnected, Some(left)),
-            Err(e) if e.kind() == Kind::Busy => (Fate::Kept(e.message().to_owned()), item.left),
-            Err(e) => (Fate::Failed(e.to_string()), item.left),
+        item.fate = match one(world, spec, item) {
+            Ok(fate) => fate,
+            Err(e) if e.kind() == Kind::Busy => Fate::Kept(e.into()),
+            Err(e) => Fate::Failed(e.into()),
         };
     }
     Ok(items)
 }
 
-/// Disconnects one leak, when it still is one with everybody else kept away. [`Kind::Busy`] when it stays.
-fn one<W: World>(world: &W, spec: GcSpec, planned: &Device) -> Result<Left> {
-    let busy = |why: String| Error::new(Kind::Busy, why).hint("see what it is now: zerofsctl nbd list");
+/// Disconnects one leak, when it still is one with everybody else kept away. [`Kind::Busy`] when somebody is not.
+fn one<W: World>(world: &W, spec: GcSpec, item: &mut Item) -> Result<Fate> {
+    let planned = &item.device;
     let volume =
         planned.volume.as_ref().ok_or_else(|| Error::refused("a device without a volume is not ours"))?;
     let lock = world.lock(volume)?;
     let claim = world.claim(planned.index)?;
     // The last look comes after everybody else was shut out, and right before the disconnect.
     let now = world.look()?;
-    let device = now
-        .devices
-        .iter()
-        .find(|d| d.index == planned.index)
-        .ok_or_else(|| busy("it is gone meanwhile".into()))?;
+    let Some(device) = now.devices.iter().find(|d| d.index == planned.index) else {
+        return Ok(Fate::Kept(Reason::new("it is gone meanwhile")));
+    };
     let before = Some(planned).filter(|p| p.is_same_connection(device));
     if let Some(why) = keep(world, device, before, spec.older_than, world.now())? {
-        return Err(busy(why));
+        let hint = Some("see what it is now: zerofsctl nbd list".into());
+        return Ok(Fate::Kept(Reason { hint, ..why }));
     }
-    let left = world.left(volume, Some(&lock))?;
+    item.left = Some(world.left(volume, Some(&lock))?);
     world.disconnect(planned.index, claim)?;
-    Ok(left)
+    Ok(Fate::Disconnected)
 }
 
 fn kept(device: Device) -> Item {
-    let why = device.why.clone();
+    let why = Reason::new(&device.why);
     Item { device, fate: Fate::Kept(why), left: None }
 }
 
@@ -163,25 +193,27 @@ fn keep<W: World>(
     device: &Device,
     before: Option<&Device>,
     older_than: Duration,
-    now: jiff::Timestamp,
-) -> Result<Option<String>> {
+    now: Timestamp,
+) -> Result<Option<Reason>> {
     if let Some(why) = reason_to_keep(device, before, now, older_than) {
         return Ok(Some(why));
     }
     let Some(volume) = &device.volume else { return Ok(None) };
     let path = world.leads_to(volume, device.index)?;
-    Ok(path.map(|p| format!("{} leads to it: zerofsctl recover {volume}, or detach it", p.display())))
+    Ok(path.map(|p| {
+        Reason::new(format!("{} leads to it: zerofsctl recover {volume}, or detach it", p.display()))
+    }))
 }
 
 /// None only for a leak of ours that is the connection which was a leak `before`, and old enough.
 fn reason_to_keep(
     device: &Device,
     before: Option<&Device>,
-    now: jiff::Timestamp,
+    now: Timestamp,
     older_than: Duration,
-) -> Option<String> {
+) -> Option<Reason> {
     if device.verdict != Some(Verdict::OursLeaked) || device.volume.is_none() {
-        return Some(device.why.clone());
+        return Some(Reason::new(&device.why));
     }
     let by_identifier = device.backend.as_deref().and_then(crate::host::nbd::volume_of);
     let proven = match device.proof {
@@ -190,20 +222,21 @@ fn reason_to_keep(
         None => false,
     };
     if !proven {
-        return Some("it is not proven to be ours".into());
+        return Some(Reason::new("it is not proven to be ours"));
     }
     if before.is_none_or(|b| b.verdict != Some(Verdict::OursLeaked)) {
-        return Some("it was not yet leaked a moment ago".into());
+        return Some(Reason::new("it was not yet leaked a moment ago"));
     }
     let Some(since) = device.leaked_since else {
-        return Some("it is not known since when it is leaked".into());
+        return Some(Reason::new("it is not known since when it is leaked"));
     };
     let age = Duration::try_from(now.duration_since(since)).unwrap_or_default();
     (age < older_than).then(|| {
-        format!(
+        let why = format!(
             "leaked, but known so for {} only, and {} are asked for",
             humantime::format_duration(Duration::from_secs(age.as_secs())),
             humantime::format_duration(older_than)
-        )
+        );
+        Reason { due_at: since.checked_add(older_than).ok(), ..Reason::new(why) }
     })
 }

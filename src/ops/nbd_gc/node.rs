@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{Left, World};
-use crate::error::{Error, Result};
+use crate::error::{Doing, Error, Result};
 use crate::host::bind::is_node_of;
 use crate::host::nbd::claim::{self, Claim};
 use crate::host::nbd::owners::RunDir;
 use crate::host::nbd::survey::{self, Roots, Scope, Survey};
 use crate::host::nbd::{disconnect_within, marks, sysfs};
 use crate::journal::{Held, Journal, Standing, volume_folder};
-use crate::keeper::log::{self, ReplayLog};
+use crate::keeper::log::{self, Peeked};
 use crate::values::VolumeId;
 
 /// How long keepers may take to answer, all together.
@@ -119,17 +119,73 @@ impl World for Node {
 
     fn left(&self, volume: &VolumeId, lock: Option<&VolumeLock>) -> Result<Left> {
         let folder = volume_folder(&self.run, volume);
-        if !folder.join(log::FILE_NAME).exists() {
-            return Ok(Left::Nothing);
-        }
         if lock.is_none() {
-            return Ok(Left::Maybe);
+            let path = folder.join(log::FILE_NAME);
+            let is_there = path.try_exists().doing("look for the replay log", &path)?;
+            return Ok(if is_there { Left::Maybe } else { Left::Nothing });
         }
-        let who = log::Identity { volume: volume.clone(), epoch: 0, boot: log::boot_id()? };
-        Ok(match ReplayLog::open(&folder, &who, log::MIN_CAPACITY)? {
-            log::Opened::Log(log) if log.live() > 0 => Left::Entries(log.live()),
-            // A log of another boot is void: the next attach says so.
-            log::Opened::Log(_) | log::Opened::Foreign { .. } => Left::Nothing,
+        Ok(match log::peek(&folder, volume, &log::boot_id()?)? {
+            Peeked::Nothing => Left::Nothing,
+            Peeked::Left { entries, .. } => Left::Entries(entries),
+            Peeked::Void { why } => Left::Void(why),
+            Peeked::Damaged { why } => Left::Damaged(why),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keeper::log::{Identity, Kind, MIN_CAPACITY, Opened, ReplayLog};
+
+    /// What gc says of a log, which stays as it is.
+    fn left(run: &Path, volume: &VolumeId) -> (String, String) {
+        let path = volume_folder(run, volume).join(log::FILE_NAME);
+        let bytes = || std::fs::read(&path).ok();
+        let before = bytes();
+        let node = Node::new(run);
+        let planned = node.left(volume, None).unwrap();
+        let lock = node.lock(volume).unwrap();
+        let found = node.left(volume, Some(&lock)).unwrap();
+        drop(lock);
+        assert!(before == bytes(), "a look has changed the log");
+        (format!("{planned:?}"), format!("{found:?}"))
+    }
+
+    #[test]
+    fn whatever_a_replay_log_holds_is_told_and_left_alone() {
+        let run = tempfile::tempdir().unwrap();
+        let volume: VolumeId = "vol1".parse().unwrap();
+        let folder = volume_folder(run.path(), &volume);
+        std::fs::create_dir_all(&folder).unwrap();
+        let told = |found: &str| {
+            let (planned, is) = left(run.path(), &volume);
+            assert_eq!((&*planned, &*is), ("Maybe", found));
+        };
+        let open = |boot: String| {
+            let who = Identity { volume: volume.clone(), epoch: 7, boot };
+            match ReplayLog::open(&folder, &who, 16 * MIN_CAPACITY).unwrap() {
+                Opened::Log(log) => log,
+                Opened::Foreign { why } => panic!("{why}"),
+            }
+        };
+        assert_eq!(left(run.path(), &volume), ("Nothing".into(), "Nothing".into()));
+        let mut log = open(log::boot_id().unwrap());
+        let node = Node::new(run.path());
+        let lock = node.lock(&volume).unwrap();
+        // Somebody stands behind the device after all.
+        assert_eq!(node.left(&volume, Some(&lock)).unwrap_err().kind(), crate::error::Kind::Busy);
+        drop((lock, log));
+        told("Nothing");
+        log = open(log::boot_id().unwrap());
+        log.append(Kind::Write, 0, 3, b"abc").unwrap();
+        log.append(Kind::Trim, 0, 4096, &[]).unwrap();
+        drop(log);
+        told("Entries(2)");
+        std::fs::write(folder.join(log::FILE_NAME), [7; 8192]).unwrap();
+        told("Damaged(\"it is no replay log\")");
+        std::fs::remove_file(folder.join(log::FILE_NAME)).unwrap();
+        drop(open("another boot".into()));
+        told("Void(\"it is from before the last reboot\")");
     }
 }
