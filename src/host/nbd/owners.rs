@@ -52,7 +52,9 @@ impl Owners for RunDir {
                     answers: true,
                     zerofs: status.zerofs.and_then(|z| u32::try_from(z.pid).ok()),
                     state: Some(status.state.name().to_owned()),
-                    dead_links: status.nbd.map(|n| n.dead_connections),
+                    index: status.nbd.as_ref().and_then(|n| n.index),
+                    dead_links: status.nbd.as_ref().map(|n| n.dead_connections),
+                    elsewhere: None,
                 },
                 None => Server {
                     keeper: alive(&folder.join(PID_FILE)),

@@ -4,7 +4,7 @@
 //! every process) are taken only where the answer could change a verdict. Nothing is opened but files of the kernel,
 //! so nothing here waits for a device or a filesystem that is dead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use super::capacity::{self, Capacity};
 use super::sysfs;
-use super::usage::{Mounted, Processes, read_small};
-use super::verdict::{Backend, Evidence, Ownership, Proof, Recorded, Verdict, judge, ownership};
+use super::usage::{Mounted, Processes, Serving, read_small};
+use super::verdict::{Backend, Evidence, Ownership, Proof, Recorded, Served, Verdict, judge, ownership};
 use crate::error::{Doing, Result};
 use crate::host::User;
 use crate::values::{ByteSize, VolumeId};
@@ -43,7 +43,7 @@ impl Roots {
     }
 }
 
-/// What stands behind a volume's device.
+/// What stands behind a volume's device; of several devices that the volume has, the one that its keeper names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Server {
     /// The keeper's process, while it runs.
@@ -54,24 +54,29 @@ pub struct Server {
     pub zerofs: Option<u32>,
     /// One word of the keeper's: ready, stalled, …
     pub state: Option<String>,
+    /// The N of `/dev/nbdN` that the keeper has, if it tells.
+    pub index: Option<u32>,
     /// Connections of the device that the kernel has given up, if the keeper tells.
     pub dead_links: Option<u64>,
+    /// What else runs of the volume, mostly with another run folder than ours. Nobody has asked it.
+    pub elsewhere: Option<Serving>,
 }
 
 impl Server {
-    /// Whether something runs there that may serve the device.
-    pub fn is_alive(&self) -> bool {
-        self.keeper.is_some() || self.answers || self.zerofs.is_some()
+    /// Whether it may serve the device of this index: a keeper that tells none may have any.
+    fn may_serve(&self, index: u32) -> bool {
+        self.index.is_none_or(|i| i == index)
     }
 
-    fn words(&self) -> String {
-        match (self.keeper, self.answers, self.zerofs) {
-            (Some(pid), true, _) => format!("its keeper answers (pid {pid})"),
-            (None, true, _) => "its keeper answers".into(),
-            (Some(pid), false, _) => format!("its keeper runs, but does not answer (pid {pid})"),
-            (None, false, Some(pid)) => format!("its ZeroFS runs without a keeper (pid {pid})"),
-            (None, false, None) => "nothing serves it".into(),
-        }
+    /// What runs there, if anything does.
+    fn words(&self) -> Option<String> {
+        Some(match (self.keeper, self.answers, self.zerofs, &self.elsewhere) {
+            (Some(pid), true, ..) => format!("its keeper answers (pid {pid})"),
+            (None, true, ..) => "its keeper answers".into(),
+            (Some(pid), false, ..) => format!("its keeper runs, but does not answer (pid {pid})"),
+            (None, false, Some(pid), _) => format!("its ZeroFS runs without a keeper (pid {pid})"),
+            (None, false, None, elsewhere) => elsewhere.as_ref()?.to_string(),
+        })
     }
 }
 
@@ -176,6 +181,7 @@ struct Draft {
     names: Vec<String>,
     numbers: Vec<u64>,
     ownership: Ownership,
+    served: Served,
     doubts: Vec<String>,
 }
 
@@ -279,7 +285,8 @@ fn blank(index: u32) -> Device {
 fn draft(index: u32, connection: Connection, doubts: Vec<String>) -> Draft {
     let mut device = blank(index);
     device.connection = Some(connection);
-    Draft { device, names: vec![], numbers: vec![], ownership: Ownership::Foreign, doubts }
+    let (ownership, served) = (Ownership::Foreign, Served::Nobody);
+    Draft { device, names: vec![], numbers: vec![], ownership, served, doubts }
 }
 
 /// None when it is not connected: then there is no such file.
@@ -480,25 +487,38 @@ fn nobody_else(sys: &Path, connected: usize, used: usize) -> bool {
 
 /// Who serves ours; and for what would be a leak, every further look that could prove it is none.
 fn served(drafts: &mut [Draft], owners: &dyn Owners, processes: &Processes, loops: &[PathBuf]) {
-    let mut volumes: Vec<VolumeId> = drafts.iter().filter_map(|d| d.device.volume.clone()).collect();
-    volumes.dedup();
+    let volumes: BTreeSet<VolumeId> = drafts.iter().filter_map(|d| d.device.volume.clone()).collect();
     if volumes.is_empty() {
         return;
     }
-    let mut servers = owners.servers(&volumes);
-    // Looked at once, and only for what would be a leak.
+    let servers = owners.servers(&Vec::from_iter(volumes));
+    // Looked at once, and only where it can matter.
     let (mut running, mut backing) = (None, None);
     for draft in drafts.iter_mut() {
         let Some(volume) = draft.device.volume.clone() else { continue };
-        let mut server = servers.remove(&volume).unwrap_or_default();
-        if !server.is_alive() && !draft.is_used() {
+        let known = servers.get(&volume).cloned().unwrap_or_default();
+        let mut server = if known.may_serve(draft.device.index) { known.clone() } else { Server::default() };
+        let mut doubt = None;
+        if server.words().is_none() {
             // The same volume may be attached with other folders than ours.
-            let (running, doubts) = running.get_or_insert_with(|| processes.servers());
-            server.keeper = running.get(volume.as_str()).copied();
-            draft.doubts.extend(doubts.iter().cloned());
-            if !processes.sees_all() {
-                draft.doubts.push("not every process is seen from here: run it on the node itself".into());
+            let running = running.get_or_insert_with(|| processes.servers());
+            server.elsewhere = running.of(&volume, known.keeper);
+            doubt = running.doubt.clone().or_else(|| {
+                (!processes.sees_all())
+                    .then(|| "not every process is seen from here: run it on the node itself".into())
+            });
+        }
+        draft.served = match (server.words(), known.index, doubt) {
+            (Some(words), ..) => Served::By(words),
+            (None, Some(index), _) => {
+                let pid = known.keeper.map_or_else(String::new, |pid| format!(" (pid {pid})"));
+                Served::Another(format!("its volume's keeper{pid} has /dev/nbd{index}"))
             }
+            (None, None, Some(doubt)) => Served::Unknown(doubt),
+            (None, None, None) => Served::Nobody,
+        };
+        draft.device.server = Some(server);
+        if !draft.served.is_somebody() && !draft.is_used() {
             let backing = backing.get_or_insert_with(|| loop_files(loops));
             for (device, file) in backing.iter() {
                 if is_of(file, draft) {
@@ -506,7 +526,6 @@ fn served(drafts: &mut [Draft], owners: &dyn Owners, processes: &Processes, loop
                 }
             }
         }
-        draft.device.server = Some(server);
     }
 }
 
@@ -531,9 +550,8 @@ fn is_of(file: &Path, draft: &Draft) -> bool {
 
 fn finish(draft: Draft, owners: &dyn Owners, block: &Path) -> Device {
     let used_by = draft.used_by();
-    let Draft { mut device, ownership, mut doubts, .. } = draft;
-    let server = device.server.as_ref().filter(|s| s.is_alive()).map(Server::words);
-    let candidate = matches!(ownership, Ownership::Ours(..)) && used_by.is_none() && server.is_none();
+    let Draft { mut device, ownership, served, mut doubts, .. } = draft;
+    let candidate = matches!(ownership, Ownership::Ours(..)) && used_by.is_none() && !served.is_somebody();
     let mut operation = None;
     if candidate {
         let at_work = device.volume.as_ref().and_then(|v| owners.at_work(v));
@@ -545,7 +563,7 @@ fn finish(draft: Draft, owners: &dyn Owners, block: &Path) -> Device {
             doubts.push("it changed while it was looked at".into());
         }
     }
-    let (verdict, why) = judge(&Evidence { ownership, used_by, server, operation, doubts });
+    let (verdict, why) = judge(&Evidence { ownership, used_by, served, operation, doubts });
     (device.verdict, device.why) = (Some(verdict), why);
     device
 }
