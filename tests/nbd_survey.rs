@@ -280,7 +280,9 @@ fn holders_swap_loop_devices_and_btrfs_members_count() {
         m.connect(index, Some(&format!("zerofs:vol{index}")));
     }
     symlink("../../dm-0", m.path("sys/block/nbd1/holders/dm-0")).unwrap();
-    m.write("proc/swaps", "Filename Type Size Used Priority\n/dev/nbd2  partition 1024 0 -2\n");
+    let others: String = (0..100).map(|n| format!("/var/swap/{n}/{:064} file 1024 0 -2\n", 0)).collect();
+    let ours = "/dev/nbd2  partition 1024 0 -2";
+    m.write("proc/swaps", &format!("Filename Type Size Used Priority\n{others}{ours}\n"));
     fs::create_dir_all(m.path("sys/block/loop4/loop")).unwrap();
     m.write("sys/block/loop4/loop/backing_file", "/dev/nbd3\n");
     fs::create_dir_all(m.path("sys/fs/btrfs/0000-1111/devices")).unwrap();
@@ -469,7 +471,7 @@ fn what_is_mounted_through_another_run_folder_is_served() {
 #[test]
 fn every_closed_door_is_a_doubt_and_no_leak() {
     type Close = fn(&mut Machine);
-    let doors: [(&str, Close); 9] = [
+    let doors: [(&str, Close); 12] = [
         ("its backend identifier", |m| {
             m.close("sys/block/nbd1/backend");
         }),
@@ -495,6 +497,12 @@ fn every_closed_door_is_a_doubt_and_no_leak() {
         ("kept without a process", |m| {
             m.mounts(1, &[ROOT, "60 36 0:4 mnt:[4026532777] /run/ns/x rw - nsfs nsfs rw"]);
         }),
+        ("swaps", |m| m.close("proc/swaps")),
+        ("0000-1111/devices", |m| {
+            fs::create_dir_all(m.path("sys/fs/btrfs/0000-1111")).unwrap();
+            m.write("sys/fs/btrfs/0000-1111/devices", "");
+        }),
+        ("loop4/loop/backing_file", |m| m.close("sys/block/loop4/loop/backing_file")),
     ];
     for (why, close) in doors {
         let mut m = Machine::new();
@@ -503,6 +511,17 @@ fn every_closed_door_is_a_doubt_and_no_leak() {
         close(&mut m);
         m.assert(1, Verdict::Unknown, why);
     }
+}
+
+#[test]
+fn what_is_not_there_is_no_doubt() {
+    let mut m = Machine::new();
+    m.connect(1, Some("zerofs:vol1"));
+    // A kernel without swap, a loop device without a file, and what is beside the filesystems of Btrfs.
+    fs::remove_file(m.path("proc/swaps")).unwrap();
+    fs::create_dir_all(m.path("sys/block/loop4")).unwrap();
+    fs::create_dir_all(m.path("sys/fs/btrfs/features")).unwrap();
+    m.assert(1, Verdict::OursLeaked, "");
 }
 
 #[test]

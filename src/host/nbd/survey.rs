@@ -399,11 +399,11 @@ fn in_use(drafts: &mut [Draft], roots: &Roots, processes: &Processes) {
                             Ok(entry) => {
                                 draft.device.holders.push(entry.file_name().to_string_lossy().into_owned())
                             }
-                            Err(e) => draft.doubts.push(format!("cannot read {}: {e}", holders.display())),
+                            Err(e) => draft.doubts.push(cannot_read(&holders, &e)),
                         }
                     }
                 }
-                Err(e) => draft.doubts.push(format!("cannot read {}: {e}", holders.display())),
+                Err(e) => draft.doubts.push(cannot_read(&holders, &e)),
             }
         }
         if processes.is_swap(&draft.names) {
@@ -439,22 +439,29 @@ fn device_number(text: &str) -> Option<u64> {
 
 /// The devices of every Btrfs that is mounted anywhere: mount tables only name one of several.
 fn btrfs_members(sys: &Path) -> Result<Vec<(String, String)>, String> {
-    let folder = sys.join("fs/btrfs");
-    let entries = match std::fs::read_dir(&folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
-        Err(e) => return Err(format!("cannot read {}: {e}", folder.display())),
-    };
     let mut members = Vec::new();
-    for entry in entries.flatten() {
-        let id = entry.file_name().to_string_lossy().into_owned();
-        if let Ok(devices) = std::fs::read_dir(entry.path().join("devices")) {
-            members.extend(
-                devices.flatten().map(|d| (d.file_name().to_string_lossy().into_owned(), id.clone())),
-            );
-        }
+    let all = sys.join("fs/btrfs");
+    for id in names_in(&all)? {
+        // What is there beside the filesystems, such as the features, has no devices.
+        let devices = names_in(&all.join(&id).join("devices"))?;
+        members.extend(devices.into_iter().map(|device| (device, id.clone())));
     }
     Ok(members)
+}
+
+/// What is in a folder of the kernel's; nothing when it is not there, or goes meanwhile.
+fn names_in(folder: &Path) -> Result<Vec<String>, String> {
+    let read = || -> std::io::Result<Vec<String>> {
+        std::fs::read_dir(folder)?.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect()
+    };
+    match read() {
+        Err(e) if is_gone(&e) => Ok(vec![]),
+        names => names.map_err(|e| cannot_read(folder, &e)),
+    }
+}
+
+fn cannot_read(path: &Path, e: &std::io::Error) -> String {
+    format!("cannot read {}: {e}", path.display())
 }
 
 /// Who has them open, where that can matter: every process is asked for every file, so only if somebody may.
@@ -519,24 +526,31 @@ fn served(drafts: &mut [Draft], owners: &dyn Owners, processes: &Processes, loop
         };
         draft.device.server = Some(server);
         if !draft.served.is_somebody() && !draft.is_used() {
-            let backing = backing.get_or_insert_with(|| loop_files(loops));
-            for (device, file) in backing.iter() {
+            let (files, doubts) = backing.get_or_insert_with(|| loop_files(loops));
+            for (device, file) in files.iter() {
                 if is_of(file, draft) {
                     draft.device.holders.push(device.clone());
                 }
             }
+            draft.doubts.extend(doubts.iter().cloned());
         }
     }
 }
 
-/// The files behind loop devices: one on top of a block device shows in no list of holders.
-fn loop_files(loops: &[PathBuf]) -> Vec<(String, PathBuf)> {
-    let file = |folder: &PathBuf| {
-        let text = read_small(&folder.join("loop/backing_file")).ok()?;
-        let name = folder.file_name()?.to_string_lossy().into_owned();
-        Some((name, PathBuf::from(text.trim_end_matches('\n'))))
-    };
-    loops.iter().filter_map(file).collect()
+/// The files behind loop devices: one on top of a block device shows in no list of holders. And what could not be looked at.
+fn loop_files(loops: &[PathBuf]) -> (Vec<(String, PathBuf)>, Vec<String>) {
+    let (mut files, mut doubts) = (Vec::new(), Vec::new());
+    for folder in loops {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let path = folder.join("loop/backing_file");
+        match read_small(&path) {
+            Ok(file) => files.push((name, PathBuf::from(file.trim_end_matches('\n')))),
+            // It has none.
+            Err(e) if is_gone(&e) => {}
+            Err(e) => doubts.push(cannot_read(&path, &e)),
+        }
+    }
+    (files, doubts)
 }
 
 fn is_of(file: &Path, draft: &Draft) -> bool {

@@ -135,9 +135,10 @@ impl Processes {
             all.doubts
                 .push(format!("mount namespace {ns} is kept without a process: its mounts are not seen"));
         }
-        let text = read_small(&proc.join("swaps")).unwrap_or_default();
-        all.swaps =
-            text.lines().skip(1).filter_map(|l| Some(l.split_whitespace().next()?.to_owned())).collect();
+        match swaps(proc) {
+            Ok(swaps) => all.swaps = swaps,
+            Err(e) => all.doubts.push(format!("cannot read {}: {e}", proc.join("swaps").display())),
+        }
         all
     }
 
@@ -252,6 +253,17 @@ impl Processes {
     pub fn sees_all(&self) -> bool {
         std::fs::read_link(self.proc.join("self/ns/pid")).is_ok_and(|l| l == Path::new(FIRST_PID_NAMESPACE))
     }
+}
+
+/// What is swapped to; a kernel without swap has no such file.
+fn swaps(proc: &Path) -> std::io::Result<Vec<String>> {
+    let text = match std::fs::read(proc.join("swaps")) {
+        Ok(text) => text,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
+        Err(e) => return Err(e),
+    };
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().skip(1).filter_map(|l| Some(l.split_whitespace().next()?.to_owned())).collect())
 }
 
 /// The volume's run folder that a process's NUL-separated words name: a keeper's arguments, or a ZeroFS's environment.
