@@ -443,7 +443,9 @@ mod nbd_devices {
             zerofs: Some(4712),
             state: Some("ready".into()),
             index: Some(0),
-            dead_links: Some(0),
+            connected: Some(true),
+            reconnects: Some(2),
+            dead_links: Some(2),
             elsewhere: None,
         };
         let mount = |target: &str, in_namespace_of| Mounted { target: target.into(), in_namespace_of };

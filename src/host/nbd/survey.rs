@@ -56,7 +56,11 @@ pub struct Server {
     pub state: Option<String>,
     /// The N of `/dev/nbdN` that the keeper has, if it tells.
     pub index: Option<u32>,
-    /// Connections of the device that the kernel has given up, if the keeper tells.
+    /// Whether the device works, or waits for a server that is on its way: false once it has failed; if the keeper tells.
+    pub connected: Option<bool>,
+    /// How often the device was given new sockets since its attach, if the keeper tells.
+    pub reconnects: Option<u64>,
+    /// Sockets of the device that have died since its attach, if the keeper tells.
     pub dead_links: Option<u64>,
     /// What else runs of the volume, mostly with another run folder than ours. Nobody has asked it.
     pub elsewhere: Option<Serving>,
