@@ -15,7 +15,9 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use zerofsctl::error::{Error, Kind, Result};
 use zerofsctl::host::nbd::capacity::Capacity;
 use zerofsctl::host::nbd::survey::{Connection, Device, Survey};
-use zerofsctl::host::nbd::verdict::{Backend, Evidence, Ownership, Recorded, Verdict, judge, ownership};
+use zerofsctl::host::nbd::verdict::{
+    Backend, Evidence, Ownership, Recorded, Served, Verdict, judge, ownership,
+};
 use zerofsctl::ops::nbd_gc::{Fate, GcSpec, Item, Left, World, collect, plan};
 use zerofsctl::values::{ByteSize, VolumeId};
 
@@ -380,9 +382,10 @@ impl Node {
             Ownership::Ours(volume, _) => Some(volume.clone()),
             _ => None,
         };
-        let server = {
+        let served = {
             let s = self.0.borrow();
-            volume.as_ref().filter(|v| s.volumes[number(v)].server).map(|_| "its keeper".to_owned())
+            let runs = volume.as_ref().is_some_and(|v| s.volumes[number(v)].server);
+            if runs { Served::By("its keeper".into()) } else { Served::Nobody }
         };
         self.things_happen(1);
         let s = self.0.borrow();
@@ -396,7 +399,7 @@ impl Node {
             Ownership::Ours(_, proof) => Some(*proof),
             _ => None,
         };
-        let (verdict, why) = judge(&Evidence { ownership: owner, used_by, server, operation, doubts });
+        let (verdict, why) = judge(&Evidence { ownership: owner, used_by, served, operation, doubts });
         let since = jiff::Timestamp::from_second(0).unwrap();
         Some(Device {
             index,

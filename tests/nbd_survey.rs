@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Value, json};
 use zerofsctl::host::nbd::marks;
 use zerofsctl::host::nbd::survey::{self, Device, Owners, Roots, Scope, Server, Survey};
 use zerofsctl::host::nbd::verdict::{Proof, Verdict};
@@ -24,12 +25,12 @@ struct Ours {
     servers: BTreeMap<VolumeId, Server>,
     recorded: BTreeMap<u32, Vec<(VolumeId, Option<u32>)>>,
     at_work: BTreeMap<VolumeId, i32>,
-    asked: RefCell<usize>,
+    asked: RefCell<Vec<Vec<VolumeId>>>,
 }
 
 impl Owners for Ours {
     fn servers(&self, volumes: &[VolumeId]) -> BTreeMap<VolumeId, Server> {
-        *self.asked.borrow_mut() += 1;
+        self.asked.borrow_mut().push(volumes.to_vec());
         volumes.iter().filter_map(|v| Some((v.clone(), self.servers.get(v)?.clone()))).collect()
     }
     fn recorded(&self) -> BTreeMap<u32, Vec<(VolumeId, Option<u32>)>> {
@@ -120,6 +121,39 @@ impl Machine {
         );
     }
 
+    /// A keeper's process, as its arguments show it.
+    fn keeper(&self, pid: u32, run_dir: &str) {
+        self.process(pid, "zerofsctl", OWN_NAMESPACE, "");
+        let words = format!("/proc/self/exe\0keeper\0--volume-run-dir\0{run_dir}\0");
+        self.write(&format!("proc/{pid}/cmdline"), &words);
+    }
+
+    /// A ZeroFS, as its environment shows it.
+    fn zerofs(&self, pid: u32, run_dir: &str) {
+        if !self.path(&format!("proc/{pid}")).exists() {
+            self.process(pid, "zerofs", OWN_NAMESPACE, "");
+        }
+        self.write(&format!("proc/{pid}/environ"), &format!("PATH=/bin\0ZEROFSCTL_RUN_DIR={run_dir}\0"));
+    }
+
+    fn end(&self, pid: u32) {
+        fs::remove_dir_all(self.path(&format!("proc/{pid}"))).unwrap();
+    }
+
+    /// Something that is there, and cannot be read.
+    fn close(&self, below: &str) {
+        let path = self.path(below);
+        if path.is_file() {
+            fs::remove_file(&path).unwrap();
+        }
+        fs::create_dir_all(&path).unwrap();
+    }
+
+    /// What is shown of other run folders behind a device, as JSON.
+    fn elsewhere(&self, index: u32) -> Value {
+        serde_json::to_value(self.one(index)).unwrap()["server"]["elsewhere"].take()
+    }
+
     fn serve(&mut self, volume: &str, server: Server) {
         self.ours.servers.insert(vol(volume), server);
     }
@@ -150,7 +184,7 @@ fn answering(pid: u32) -> Server {
         answers: true,
         zerofs: Some(pid + 1),
         state: Some("ready".into()),
-        dead_links: None,
+        ..Server::default()
     }
 }
 
@@ -165,7 +199,7 @@ fn nothing_connected_is_an_empty_list_and_asks_nobody() {
         (survey.capacity.existing, survey.capacity.connected, survey.capacity.nbds_max),
         (16, 0, Some(16))
     );
-    assert_eq!(*m.ours.asked.borrow(), 0);
+    assert!(m.ours.asked.borrow().is_empty());
     let all = m.look_for(Scope { all: true, openers: false });
     assert_eq!(all.devices.len(), 16);
     assert!(all.devices.iter().all(|d| d.verdict.is_none() && !d.is_connected()));
@@ -201,7 +235,7 @@ fn others_are_foreign_however_near_their_identifier_looks() {
         m.ours.recorded.insert(index, vec![(vol("vol1"), Some(4711))]);
         m.assert(index, Verdict::Foreign, "not ours");
     }
-    assert_eq!(*m.ours.asked.borrow(), 0, "no keeper is asked about what is not ours");
+    assert!(m.ours.asked.borrow().is_empty(), "no keeper is asked about what is not ours");
 }
 
 #[test]
@@ -246,7 +280,9 @@ fn holders_swap_loop_devices_and_btrfs_members_count() {
         m.connect(index, Some(&format!("zerofs:vol{index}")));
     }
     symlink("../../dm-0", m.path("sys/block/nbd1/holders/dm-0")).unwrap();
-    m.write("proc/swaps", "Filename Type Size Used Priority\n/dev/nbd2  partition 1024 0 -2\n");
+    let others: String = (0..100).map(|n| format!("/var/swap/{n}/{:064} file 1024 0 -2\n", 0)).collect();
+    let ours = "/dev/nbd2  partition 1024 0 -2";
+    m.write("proc/swaps", &format!("Filename Type Size Used Priority\n{others}{ours}\n"));
     fs::create_dir_all(m.path("sys/block/loop4/loop")).unwrap();
     m.write("sys/block/loop4/loop/backing_file", "/dev/nbd3\n");
     fs::create_dir_all(m.path("sys/fs/btrfs/0000-1111/devices")).unwrap();
@@ -322,28 +358,122 @@ fn a_server_a_stuck_one_too_or_a_command_makes_it_idle() {
     assert!(!m.one(1).why.contains("nothing serves it"));
 }
 
+/// An attach that was killed left nbd0 and nbd2, and the volume is attached again, as nbd1.
+#[test]
+fn of_a_volumes_devices_its_keeper_serves_the_one_that_it_names() {
+    let mut m = Machine::new();
+    for index in [0, 2] {
+        m.connect(index, Some("zerofs:vol1"));
+    }
+    m.connect(1, Some("zerofs:other"));
+    m.connect(3, Some("zerofs:vol1"));
+    m.keeper(4000, "/run/zerofsctl/volumes/vol1");
+    m.zerofs(4001, "/run/zerofsctl/volumes/vol1");
+    m.mounts(1, &["50 36 43:96 / /data rw - ext4 /dev/nbd3 rw"]);
+    m.serve("vol1", Server { index: Some(3), ..answering(4000) });
+    let asked = || m.ours.asked.take();
+    assert_eq!(m.one(3).why, "mounted at /data");
+    assert_eq!(asked(), [[vol("other"), vol("vol1")]], "each keeper is asked once");
+    assert_eq!(m.one(3).server.unwrap().keeper, Some(4000));
+    // What the keeper does not serve stays as long as it runs.
+    for index in [0, 2] {
+        m.assert(index, Verdict::OursIdle, "its volume's keeper (pid 4000) has /dev/nbd3");
+        assert_eq!(m.one(index).server, Some(Server::default()));
+    }
+    let mounts = ["50 36 43:96 / /data rw - ext4 /dev/nbd3 rw", "51 36 43:0 / /old rw - ext4 /dev/nbd0 rw"];
+    m.mounts(1, &mounts);
+    m.assert(
+        0,
+        Verdict::OursInUse,
+        "mounted at /old, but its volume's keeper (pid 4000) has /dev/nbd3: its I/O waits, or fails",
+    );
+    // One that does not tell may have any of them.
+    for unknown in [answering(4000), Server { keeper: Some(4000), ..Server::default() }] {
+        m.serve("vol1", unknown);
+        assert_eq!(m.one(0).why, "mounted at /old");
+        assert_eq!(m.one(3).why, "mounted at /data");
+        m.assert(2, Verdict::OursIdle, "pid 4000");
+    }
+    m.ours.servers.clear();
+    m.end(4000);
+    m.end(4001);
+    m.assert(2, Verdict::OursLeaked, "");
+    m.assert(3, Verdict::OursInUse, "mounted at /data, but nothing serves it");
+}
+
+/// Both run folders have a volume of one name.
+#[test]
+fn a_device_that_our_keeper_does_not_serve_may_be_another_run_folders() {
+    let mut m = Machine::new();
+    m.connect(0, Some("zerofs:vol1"));
+    m.connect(1, Some("zerofs:vol1"));
+    m.keeper(4000, "/run/zerofsctl/volumes/vol1");
+    m.serve("vol1", Server { index: Some(1), ..answering(4000) });
+    m.mounts(1, &["50 36 43:0 / /data rw - ext4 /dev/nbd0 rw"]);
+    m.assert(0, Verdict::OursInUse, "but its volume's keeper (pid 4000) has /dev/nbd1");
+    m.keeper(200, "/elsewhere/volumes/vol1");
+    assert_eq!(m.one(0).why, "mounted at /data");
+    assert_eq!(
+        m.elsewhere(0),
+        json!({"program": "keeper", "pid": 200, "run_dir": "/elsewhere/volumes/vol1"})
+    );
+    assert_eq!(m.elsewhere(1), Value::Null);
+    m.mounts(1, &[ROOT]);
+    m.assert(0, Verdict::OursIdle, "a keeper runs with the run folder /elsewhere/volumes/vol1 (pid 200)");
+}
+
 #[test]
 fn a_server_with_another_run_folder_counts() {
     let mut m = Machine::new();
     m.connect(1, Some("zerofs:vol1"));
     m.connect(2, Some("zerofs:vol2"));
     m.connect(3, Some("zerofs:vol"));
-    m.process(200, "zerofsctl", OWN_NAMESPACE, "");
-    m.write("proc/200/cmdline", "/proc/self/exe\0keeper\0--volume-run-dir\0/elsewhere/volumes/vol1\0");
-    m.process(201, "zerofs", OWN_NAMESPACE, "");
-    m.write("proc/201/environ", "PATH=/bin\0ZEROFSCTL_RUN_DIR=/elsewhere/volumes/vol2\0");
-    m.assert(1, Verdict::OursIdle, "pid 200");
-    m.assert(2, Verdict::OursIdle, "pid 201");
+    m.keeper(200, "/elsewhere/volumes/vol1");
+    m.zerofs(199, "/elsewhere/volumes/vol1");
+    m.zerofs(201, "/elsewhere/volumes/vol2");
+    m.assert(1, Verdict::OursIdle, "a keeper runs with the run folder /elsewhere/volumes/vol1 (pid 200)");
+    m.assert(2, Verdict::OursIdle, "a ZeroFS runs with the run folder /elsewhere/volumes/vol2 (pid 201)");
     m.assert(3, Verdict::OursLeaked, "");
+    let servers: Vec<_> = m.look().devices.into_iter().map(|d| d.server.unwrap()).collect();
+    assert!(servers.iter().all(|s| s.keeper.is_none() && s.zerofs.is_none() && !s.answers), "{servers:#?}");
+    // The name is anybody's to choose, and goes to a terminal.
+    m.zerofs(201, "/\u{1b}[31m/vol2");
+    m.assert(2, Verdict::OursIdle, "a ZeroFS runs with the run folder /\\u{1b}[31m/vol2 (pid 201)");
+}
+
+#[test]
+fn what_is_mounted_through_another_run_folder_is_served() {
+    let mut m = Machine::new();
+    for index in 1..=3 {
+        m.connect(index, Some(&format!("zerofs:vol{index}")));
+    }
+    m.mounts(
+        1,
+        &[
+            "50 36 43:32 / /data rw - ext4 /dev/nbd1 rw",
+            "51 36 43:64 / /dead rw - ext4 /dev/nbd2 rw",
+            "52 36 43:96 / /ours rw - ext4 /dev/nbd3 rw",
+        ],
+    );
+    m.serve("vol3", answering(4000));
+    m.keeper(200, "/elsewhere/volumes/vol1");
+    assert_eq!(m.one(1).why, "mounted at /data");
+    assert_eq!(m.elsewhere(1)["pid"], 200);
+    assert_eq!(m.one(3).why, "mounted at /ours");
+    assert_eq!(m.one(2).why, "mounted at /dead, but nothing serves it: its I/O waits, or fails");
+    // Behind a closed door somebody may.
+    m.close("proc/1/environ");
+    let why = "mounted at /dead; whether anything serves it is not known: 1 files of other users' processes";
+    m.assert(2, Verdict::OursInUse, why);
+    assert_eq!(m.one(1).why, "mounted at /data");
 }
 
 #[test]
 fn every_closed_door_is_a_doubt_and_no_leak() {
     type Close = fn(&mut Machine);
-    let doors: [(&str, Close); 9] = [
+    let doors: [(&str, Close); 12] = [
         ("its backend identifier", |m| {
-            fs::remove_file(m.path("sys/block/nbd1/backend")).unwrap();
-            fs::create_dir(m.path("sys/block/nbd1/backend")).unwrap();
+            m.close("sys/block/nbd1/backend");
         }),
         ("its size", |m| m.write("sys/block/nbd1/size", "many\n")),
         ("holders", |m| fs::remove_dir(m.path("sys/block/nbd1/holders")).unwrap()),
@@ -358,8 +488,7 @@ fn every_closed_door_is_a_doubt_and_no_leak() {
             m.write("proc/1/fd", "");
         }),
         ("files of other users", |m| {
-            fs::remove_file(m.path("proc/1/environ")).unwrap();
-            fs::create_dir(m.path("proc/1/environ")).unwrap();
+            m.close("proc/1/environ");
         }),
         ("not every process", |m| {
             fs::remove_file(m.path("proc/100/ns/pid")).unwrap();
@@ -368,6 +497,12 @@ fn every_closed_door_is_a_doubt_and_no_leak() {
         ("kept without a process", |m| {
             m.mounts(1, &[ROOT, "60 36 0:4 mnt:[4026532777] /run/ns/x rw - nsfs nsfs rw"]);
         }),
+        ("swaps", |m| m.close("proc/swaps")),
+        ("0000-1111/devices", |m| {
+            fs::create_dir_all(m.path("sys/fs/btrfs/0000-1111")).unwrap();
+            m.write("sys/fs/btrfs/0000-1111/devices", "");
+        }),
+        ("loop4/loop/backing_file", |m| m.close("sys/block/loop4/loop/backing_file")),
     ];
     for (why, close) in doors {
         let mut m = Machine::new();
@@ -376,6 +511,17 @@ fn every_closed_door_is_a_doubt_and_no_leak() {
         close(&mut m);
         m.assert(1, Verdict::Unknown, why);
     }
+}
+
+#[test]
+fn what_is_not_there_is_no_doubt() {
+    let mut m = Machine::new();
+    m.connect(1, Some("zerofs:vol1"));
+    // A kernel without swap, a loop device without a file, and what is beside the filesystems of Btrfs.
+    fs::remove_file(m.path("proc/swaps")).unwrap();
+    fs::create_dir_all(m.path("sys/block/loop4")).unwrap();
+    fs::create_dir_all(m.path("sys/fs/btrfs/features")).unwrap();
+    m.assert(1, Verdict::OursLeaked, "");
 }
 
 #[test]
@@ -484,6 +630,6 @@ fn a_large_machine_is_surveyed() {
         assert_eq!(survey.devices.len(), 64);
         let wanted = if mounted { Verdict::OursInUse } else { Verdict::OursIdle };
         assert!(survey.devices.iter().all(|d| d.verdict == Some(wanted)));
-        assert_eq!(*m.ours.asked.borrow(), 1, "all keepers are asked at once");
+        assert_eq!(m.ours.asked.borrow().len(), 1, "all keepers are asked at once");
     }
 }

@@ -9,10 +9,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::dir::TestDir;
 use support::vm::{Baseline, Device, LONG, Mounted, Nbdkit, Victim, require_nbd, run};
-use support::wait_until;
+use support::{cli, wait_until};
 use zerofsctl::journal::Held;
 
 const MIB: u64 = 1 << 20;
@@ -188,6 +188,47 @@ fn nbd_gc_leaves_what_is_mounted_open_or_held_in_any_way() {
         assert_eq!((fates(&done).iter().filter(|f| f.1 == "disconnected").count(), code), (4, 0), "{done}");
         assert!(all.iter().all(|d| !d.state().connected));
     });
+}
+
+/// What a node tells of the only device that serves its volume vol1, asked with these words besides.
+#[track_caller]
+fn listed(node: &cli::Node, words: &[&str]) -> Value {
+    let answer = node.json(&[&["nbd", "list"], words].concat());
+    let is_it = |d: &&Value| d["volume"] == "vol1" && d["mounts"] != json!([]);
+    answer["devices"].as_array().unwrap().iter().find(is_it).expect("it is listed").clone()
+}
+
+/// The kernel tells of a dead socket once, and nobody hears it when it is the keeper that died.
+#[test]
+fn nbd_list_counts_sockets_that_died_with_their_keepers() {
+    require_nbd();
+    let before = Baseline::take();
+    let node = cli::Node::new();
+    let m = node.target("m");
+    let attach = ["attach", "vol1", "--target", &m, "--size", "128Mi", "--fs", "ext4", "--transport", "nbd"];
+    node.ok(&attach);
+    let reconnects = || {
+        let server = &listed(&node, &[])["server"];
+        assert_eq!([&server["answers"], &server["connected"]], [true, true], "{server:#}");
+        assert!(server["reconnects"].is_u64(), "{server:#}");
+        assert_eq!(server["dead_links"], server["reconnects"], "its one socket, each time: {server:#}");
+        server["reconnects"].as_u64()
+    };
+    assert_eq!(reconnects(), Some(0));
+    for round in 1..=3 {
+        assert!(node.kill(cli::Victim::Keeper));
+        node.ok(&attach);
+        wait_until("the next keeper serves", LONG, || {
+            node.found("vol1")["reconnects"].as_u64() >= Some(round)
+        });
+        assert!(reconnects() >= Some(round));
+    }
+    node.ok(&["detach", "vol1"]);
+    node.ok(&attach);
+    assert_eq!(reconnects(), Some(0), "another attach, another count");
+    node.ok(&["detach", "vol1"]);
+    before.assert_back();
+    node.assert_nothing_left("at the end");
 }
 
 #[test]

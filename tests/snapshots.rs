@@ -400,7 +400,7 @@ fn the_config_of_every_version() {
 mod nbd_devices {
     use zerofsctl::host::nbd::capacity::Capacity;
     use zerofsctl::host::nbd::survey::{Connection, Device, Server, Survey};
-    use zerofsctl::host::nbd::usage::Mounted;
+    use zerofsctl::host::nbd::usage::{Mounted, Program, Serving};
     use zerofsctl::host::nbd::verdict::{Proof, Verdict};
     use zerofsctl::ops::nbd_gc::{Fate, GcSpec, Item, Left, Reason};
     use zerofsctl::report::nbd::{ExportInfo, changes, gc, info, list};
@@ -442,7 +442,11 @@ mod nbd_devices {
             answers: true,
             zerofs: Some(4712),
             state: Some("ready".into()),
-            dead_links: Some(0),
+            index: Some(0),
+            connected: Some(true),
+            reconnects: Some(2),
+            dead_links: Some(2),
+            elsewhere: None,
         };
         let mount = |target: &str, in_namespace_of| Mounted { target: target.into(), in_namespace_of };
         let used = Device {
@@ -456,7 +460,7 @@ mod nbd_devices {
             ..device(0, Some("zerofs:vol1"), Verdict::OursInUse, "mounted at /mnt/vol1")
         };
         let idle = Device {
-            server: Some(answers),
+            server: Some(Server { index: Some(1), ..answers }),
             ..device(1, Some("zerofs:vol2"), Verdict::OursIdle, "its keeper answers (pid 4711)")
         };
         let leaked = Device {
@@ -508,6 +512,10 @@ mod nbd_devices {
         let full = Capacity { available: true, nbds_max: Some(2), existing: 2, connected: 2, limit: 2 };
         let old = Survey { identifiers: false, capacity: full, ..survey(devices()[..2].to_vec()) };
         show("old-kernel-and-full", &old);
+        let run_dir = "/elsewhere/volumes/vol1".into();
+        let elsewhere = Some(Serving { program: Program::Keeper, pid: 200, run_dir });
+        let server = Some(Server { elsewhere, ..Server::default() });
+        show("elsewhere", &survey(vec![Device { server, ..devices()[0].clone() }]));
     }
 
     #[test]

@@ -337,10 +337,12 @@ fn vm_nbd_the_direct_path_is_connected_again_when_its_zerofs_has_ended_cleanly()
     let file = File::options().read(true).write(true).open(disk.device()).unwrap();
     file.write_all_at(&[5; 4096], 0).unwrap();
     file.sync_all().unwrap();
-    let ended = disk.zerofs();
+    let (ended, sockets) = (disk.zerofs(), disk.status().connections);
+    assert_eq!(disk.status().dead_connections, 0);
     signal(ended, Signal::SIGTERM);
     wait_until("the device has new sockets", LONG, || disk.status().reconnects == 1);
     assert_ne!(disk.zerofs(), ended);
+    assert_eq!(disk.status().dead_connections, sockets, "each of them died once");
     assert_eq!(disk.status().failed, None);
     file.write_all_at(&[6; 4096], 4096).unwrap();
     file.sync_all().unwrap();

@@ -175,7 +175,7 @@ pub struct NbdStatus {
     pub reconnect_timeout_ms: u64,
     /// How often the device was given new sockets, by all keepers of this attach.
     pub reconnects: u64,
-    /// How often the kernel has told of a dead socket to this keeper.
+    /// Sockets of the device that have died, with all keepers of this attach; those that have been replaced count too.
     pub dead_connections: u64,
     /// Why the device does not work and never will again.
     pub failed: Option<String>,

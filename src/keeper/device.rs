@@ -86,6 +86,9 @@ pub struct Record {
     /// How many sockets it has.
     sockets: usize,
     reconnects: u64,
+    /// Sockets that had died when others took their place.
+    #[serde(default)]
+    dead_connections: u64,
     /// Why the device works no more, and never will again.
     pub failed: Option<String>,
 }
@@ -158,7 +161,8 @@ impl Record {
 #[derive(Default)]
 pub(super) struct Device {
     record: Mutex<Option<Record>>,
-    dead_connections: AtomicU64,
+    /// Dead sockets that the kernel has told of since the device got those that it has.
+    told_dead: AtomicU64,
     /// When it lost its sockets lately.
     mends: Mutex<Vec<Instant>>,
     /// The direct path: our hold on the sockets, so that they can be shut down.
@@ -210,13 +214,32 @@ impl Shared {
         *lock(&self.device.record) = None;
         lock(&self.device.direct).clear();
         self.device.clean.store(false, Ordering::SeqCst);
+        self.device.told_dead.store(0, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// How many of the device's sockets are dead. The kernel tells of each, but of those that die with their keeper it
+    /// tells nobody.
+    fn dead_sockets(&self, record: &Record) -> u64 {
+        let ended = match record.path {
+            NbdPath::Guarded => record.sockets.saturating_sub(self.data.nbd_sockets()),
+            NbdPath::Direct if record.failed.is_some() => record.sockets,
+            NbdPath::Direct => 0,
+        };
+        self.device.told_dead.load(Ordering::Relaxed).max(ended as u64)
+    }
+
+    /// Counts what others have taken the place of.
+    fn count_replaced(&self, record: &mut Record, dead: u64) {
+        record.reconnects += 1;
+        record.dead_connections += dead.max(self.device.told_dead.swap(0, Ordering::Relaxed));
     }
 
     /// What to tell of the device.
     pub(super) fn nbd_status(&self) -> Option<NbdStatus> {
         let record = self.device.record()?;
         let connected = record.failed.is_none() && record.index.is_some();
+        let dead_connections = record.dead_connections + self.dead_sockets(&record);
         Some(NbdStatus {
             index: record.index,
             path: record.path,
@@ -229,7 +252,7 @@ impl Shared {
             },
             reconnect_timeout_ms: record.reconnect_timeout_ms,
             reconnects: record.reconnects,
-            dead_connections: self.device.dead_connections.load(Ordering::Relaxed),
+            dead_connections,
             failed: record.failed,
         })
     }
@@ -291,6 +314,7 @@ impl Shared {
             reconnect_timeout_ms: options.reconnect_timeout_ms,
             sockets: 0,
             reconnects: 0,
+            dead_connections: 0,
             failed: None,
         };
         self.data.forget_requests();
@@ -390,7 +414,7 @@ impl Shared {
                 loop {
                     match links.next(Duration::from_secs(3600)) {
                         Ok(Some(index)) if shared.device.record().is_some_and(|r| r.index == Some(index)) => {
-                            shared.device.dead_connections.fetch_add(1, Ordering::Relaxed);
+                            shared.device.told_dead.fetch_add(1, Ordering::Relaxed);
                             warn!("the kernel has lost a socket of /dev/nbd{index}");
                         }
                         Ok(_) => {}
@@ -495,6 +519,7 @@ impl Shared {
             self.data.owed_replies(record.connection(), OWED_LIMIT)
         };
         let mut given = 0;
+        let dead = self.dead_sockets(&record);
         let begun = Instant::now();
         loop {
             let missing = record.sockets.saturating_sub(self.data.nbd_sockets());
@@ -530,7 +555,7 @@ impl Shared {
             std::thread::sleep(Duration::from_millis(10));
         }
         (record.index, record.pid) = (Some(index), device.pid);
-        record.reconnects += 1;
+        self.count_replaced(&mut record, dead);
         self.remember(&record)?;
         self.data.name_connection(record.connection());
         info!(
@@ -764,8 +789,8 @@ impl Shared {
                         dead_conn_timeout: Some(record.limit()),
                     },
                 )?;
-                record.sockets = sockets.len();
-                record.reconnects += 1;
+                let dead = std::mem::replace(&mut record.sockets, sockets.len());
+                shared.count_replaced(&mut record, dead as u64);
                 shared.remember(&record)?;
                 *lock(&shared.device.direct) = sockets;
                 info!("/dev/nbd{index} has new sockets");
@@ -916,6 +941,7 @@ mod tests {
             reconnect_timeout_ms: 5000,
             sockets: 4,
             reconnects: 2,
+            dead_connections: 3,
             failed: Some("why".into()),
         }
     }
@@ -933,6 +959,20 @@ mod tests {
         assert_eq!(Record::read(dir.path()).unwrap_err().kind(), Kind::Refused);
         std::fs::write(dir.path().join(RECORD), "{").unwrap();
         assert_eq!(Record::read(dir.path()).unwrap_err().kind(), Kind::Refused);
+    }
+
+    #[test]
+    fn a_record_without_the_fields_that_came_later_still_parses() {
+        let dir = tempfile::tempdir().unwrap();
+        let boot = boot_id();
+        let first = format!(
+            r#"{{"format":1,"boot":"{boot}","index":3,"path":"guarded","read_only":false,
+            "reconnect_timeout_ms":5000,"sockets":1,"reconnects":2,"failed":null}}"#
+        );
+        std::fs::write(dir.path().join(RECORD), first).unwrap();
+        let record = Record::read(dir.path()).unwrap().unwrap();
+        assert_eq!((record.index, record.reconnects, record.dead_connections), (Some(3), 2, 0));
+        assert_eq!((record.pid, record.others), (None, vec![]));
     }
 
     #[test]

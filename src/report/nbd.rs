@@ -84,7 +84,7 @@ fn row(d: &Device, now: Timestamp) -> Vec<String> {
         (Some(pid), _) if s.answers => format!("{pid}, answers"),
         (Some(pid), _) => format!("{pid}, no answer"),
         (None, Some(pid)) => format!("zerofs {pid}"),
-        (None, None) => "none".into(),
+        (None, None) => s.elsewhere.as_ref().map_or("none".into(), |e| format!("{}, elsewhere", e.pid)),
     });
     vec![
         d.path.display().to_string(),

@@ -47,13 +47,20 @@ impl Owners for RunDir {
         let answer = |(volume, folder, client): (&VolumeId, PathBuf, Option<KeeperClient>)| {
             let status = client.and_then(|mut client| client.status_by(deadline).ok());
             let server = match status {
-                Some(status) => Server {
-                    keeper: u32::try_from(status.keeper.pid).ok(),
-                    answers: true,
-                    zerofs: status.zerofs.and_then(|z| u32::try_from(z.pid).ok()),
-                    state: Some(status.state.name().to_owned()),
-                    dead_links: status.nbd.map(|n| n.dead_connections),
-                },
+                Some(status) => {
+                    let nbd = status.nbd.as_ref();
+                    Server {
+                        keeper: u32::try_from(status.keeper.pid).ok(),
+                        answers: true,
+                        zerofs: status.zerofs.and_then(|z| u32::try_from(z.pid).ok()),
+                        state: Some(status.state.name().to_owned()),
+                        index: nbd.and_then(|n| n.index),
+                        connected: nbd.map(|n| n.connected),
+                        reconnects: nbd.map(|n| n.reconnects),
+                        dead_links: nbd.map(|n| n.dead_connections),
+                        elsewhere: None,
+                    }
+                }
                 None => Server {
                     keeper: alive(&folder.join(PID_FILE)),
                     zerofs: alive(&folder.join(ZEROFS_PID_FILE)),

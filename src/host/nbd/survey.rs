@@ -4,7 +4,7 @@
 //! every process) are taken only where the answer could change a verdict. Nothing is opened but files of the kernel,
 //! so nothing here waits for a device or a filesystem that is dead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use super::capacity::{self, Capacity};
 use super::sysfs;
-use super::usage::{Mounted, Processes, read_small};
-use super::verdict::{Backend, Evidence, Ownership, Proof, Recorded, Verdict, judge, ownership};
+use super::usage::{Mounted, Processes, Serving, read_small};
+use super::verdict::{Backend, Evidence, Ownership, Proof, Recorded, Served, Verdict, judge, ownership};
 use crate::error::{Doing, Result};
 use crate::host::User;
 use crate::values::{ByteSize, VolumeId};
@@ -43,7 +43,7 @@ impl Roots {
     }
 }
 
-/// What stands behind a volume's device.
+/// What stands behind a volume's device; of several devices that the volume has, the one that its keeper names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Server {
     /// The keeper's process, while it runs.
@@ -54,24 +54,33 @@ pub struct Server {
     pub zerofs: Option<u32>,
     /// One word of the keeper's: ready, stalled, …
     pub state: Option<String>,
-    /// Connections of the device that the kernel has given up, if the keeper tells.
+    /// The N of `/dev/nbdN` that the keeper has, if it tells.
+    pub index: Option<u32>,
+    /// Whether the device works, or waits for a server that is on its way: false once it has failed; if the keeper tells.
+    pub connected: Option<bool>,
+    /// How often the device was given new sockets since its attach, if the keeper tells.
+    pub reconnects: Option<u64>,
+    /// Sockets of the device that have died since its attach, if the keeper tells.
     pub dead_links: Option<u64>,
+    /// What else runs of the volume, mostly with another run folder than ours. Nobody has asked it.
+    pub elsewhere: Option<Serving>,
 }
 
 impl Server {
-    /// Whether something runs there that may serve the device.
-    pub fn is_alive(&self) -> bool {
-        self.keeper.is_some() || self.answers || self.zerofs.is_some()
+    /// Whether it may serve the device of this index: a keeper that tells none may have any.
+    fn may_serve(&self, index: u32) -> bool {
+        self.index.is_none_or(|i| i == index)
     }
 
-    fn words(&self) -> String {
-        match (self.keeper, self.answers, self.zerofs) {
-            (Some(pid), true, _) => format!("its keeper answers (pid {pid})"),
-            (None, true, _) => "its keeper answers".into(),
-            (Some(pid), false, _) => format!("its keeper runs, but does not answer (pid {pid})"),
-            (None, false, Some(pid)) => format!("its ZeroFS runs without a keeper (pid {pid})"),
-            (None, false, None) => "nothing serves it".into(),
-        }
+    /// What runs there, if anything does.
+    fn words(&self) -> Option<String> {
+        Some(match (self.keeper, self.answers, self.zerofs, &self.elsewhere) {
+            (Some(pid), true, ..) => format!("its keeper answers (pid {pid})"),
+            (None, true, ..) => "its keeper answers".into(),
+            (Some(pid), false, ..) => format!("its keeper runs, but does not answer (pid {pid})"),
+            (None, false, Some(pid), _) => format!("its ZeroFS runs without a keeper (pid {pid})"),
+            (None, false, None, elsewhere) => elsewhere.as_ref()?.to_string(),
+        })
     }
 }
 
@@ -176,6 +185,7 @@ struct Draft {
     names: Vec<String>,
     numbers: Vec<u64>,
     ownership: Ownership,
+    served: Served,
     doubts: Vec<String>,
 }
 
@@ -279,7 +289,8 @@ fn blank(index: u32) -> Device {
 fn draft(index: u32, connection: Connection, doubts: Vec<String>) -> Draft {
     let mut device = blank(index);
     device.connection = Some(connection);
-    Draft { device, names: vec![], numbers: vec![], ownership: Ownership::Foreign, doubts }
+    let (ownership, served) = (Ownership::Foreign, Served::Nobody);
+    Draft { device, names: vec![], numbers: vec![], ownership, served, doubts }
 }
 
 /// None when it is not connected: then there is no such file.
@@ -392,11 +403,11 @@ fn in_use(drafts: &mut [Draft], roots: &Roots, processes: &Processes) {
                             Ok(entry) => {
                                 draft.device.holders.push(entry.file_name().to_string_lossy().into_owned())
                             }
-                            Err(e) => draft.doubts.push(format!("cannot read {}: {e}", holders.display())),
+                            Err(e) => draft.doubts.push(cannot_read(&holders, &e)),
                         }
                     }
                 }
-                Err(e) => draft.doubts.push(format!("cannot read {}: {e}", holders.display())),
+                Err(e) => draft.doubts.push(cannot_read(&holders, &e)),
             }
         }
         if processes.is_swap(&draft.names) {
@@ -432,22 +443,29 @@ fn device_number(text: &str) -> Option<u64> {
 
 /// The devices of every Btrfs that is mounted anywhere: mount tables only name one of several.
 fn btrfs_members(sys: &Path) -> Result<Vec<(String, String)>, String> {
-    let folder = sys.join("fs/btrfs");
-    let entries = match std::fs::read_dir(&folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
-        Err(e) => return Err(format!("cannot read {}: {e}", folder.display())),
-    };
     let mut members = Vec::new();
-    for entry in entries.flatten() {
-        let id = entry.file_name().to_string_lossy().into_owned();
-        if let Ok(devices) = std::fs::read_dir(entry.path().join("devices")) {
-            members.extend(
-                devices.flatten().map(|d| (d.file_name().to_string_lossy().into_owned(), id.clone())),
-            );
-        }
+    let all = sys.join("fs/btrfs");
+    for id in names_in(&all)? {
+        // What is there beside the filesystems, such as the features, has no devices.
+        let devices = names_in(&all.join(&id).join("devices"))?;
+        members.extend(devices.into_iter().map(|device| (device, id.clone())));
     }
     Ok(members)
+}
+
+/// What is in a folder of the kernel's; nothing when it is not there, or goes meanwhile.
+fn names_in(folder: &Path) -> Result<Vec<String>, String> {
+    let read = || -> std::io::Result<Vec<String>> {
+        std::fs::read_dir(folder)?.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect()
+    };
+    match read() {
+        Err(e) if is_gone(&e) => Ok(vec![]),
+        names => names.map_err(|e| cannot_read(folder, &e)),
+    }
+}
+
+fn cannot_read(path: &Path, e: &std::io::Error) -> String {
+    format!("cannot read {}: {e}", path.display())
 }
 
 /// Who has them open, where that can matter: every process is asked for every file, so only if somebody may.
@@ -480,44 +498,63 @@ fn nobody_else(sys: &Path, connected: usize, used: usize) -> bool {
 
 /// Who serves ours; and for what would be a leak, every further look that could prove it is none.
 fn served(drafts: &mut [Draft], owners: &dyn Owners, processes: &Processes, loops: &[PathBuf]) {
-    let mut volumes: Vec<VolumeId> = drafts.iter().filter_map(|d| d.device.volume.clone()).collect();
-    volumes.dedup();
+    let volumes: BTreeSet<VolumeId> = drafts.iter().filter_map(|d| d.device.volume.clone()).collect();
     if volumes.is_empty() {
         return;
     }
-    let mut servers = owners.servers(&volumes);
-    // Looked at once, and only for what would be a leak.
+    let servers = owners.servers(&Vec::from_iter(volumes));
+    // Looked at once, and only where it can matter.
     let (mut running, mut backing) = (None, None);
     for draft in drafts.iter_mut() {
         let Some(volume) = draft.device.volume.clone() else { continue };
-        let mut server = servers.remove(&volume).unwrap_or_default();
-        if !server.is_alive() && !draft.is_used() {
+        let known = servers.get(&volume).cloned().unwrap_or_default();
+        let mut server = if known.may_serve(draft.device.index) { known.clone() } else { Server::default() };
+        let mut doubt = None;
+        if server.words().is_none() {
             // The same volume may be attached with other folders than ours.
-            let (running, doubts) = running.get_or_insert_with(|| processes.servers());
-            server.keeper = running.get(volume.as_str()).copied();
-            draft.doubts.extend(doubts.iter().cloned());
-            if !processes.sees_all() {
-                draft.doubts.push("not every process is seen from here: run it on the node itself".into());
+            let running = running.get_or_insert_with(|| processes.servers());
+            server.elsewhere = running.of(&volume, known.keeper);
+            doubt = running.doubt.clone().or_else(|| {
+                (!processes.sees_all())
+                    .then(|| "not every process is seen from here: run it on the node itself".into())
+            });
+        }
+        draft.served = match (server.words(), known.index, doubt) {
+            (Some(words), ..) => Served::By(words),
+            (None, Some(index), _) => {
+                let pid = known.keeper.map_or_else(String::new, |pid| format!(" (pid {pid})"));
+                Served::Another(format!("its volume's keeper{pid} has /dev/nbd{index}"))
             }
-            let backing = backing.get_or_insert_with(|| loop_files(loops));
-            for (device, file) in backing.iter() {
+            (None, None, Some(doubt)) => Served::Unknown(doubt),
+            (None, None, None) => Served::Nobody,
+        };
+        draft.device.server = Some(server);
+        if !draft.served.is_somebody() && !draft.is_used() {
+            let (files, doubts) = backing.get_or_insert_with(|| loop_files(loops));
+            for (device, file) in files.iter() {
                 if is_of(file, draft) {
                     draft.device.holders.push(device.clone());
                 }
             }
+            draft.doubts.extend(doubts.iter().cloned());
         }
-        draft.device.server = Some(server);
     }
 }
 
-/// The files behind loop devices: one on top of a block device shows in no list of holders.
-fn loop_files(loops: &[PathBuf]) -> Vec<(String, PathBuf)> {
-    let file = |folder: &PathBuf| {
-        let text = read_small(&folder.join("loop/backing_file")).ok()?;
-        let name = folder.file_name()?.to_string_lossy().into_owned();
-        Some((name, PathBuf::from(text.trim_end_matches('\n'))))
-    };
-    loops.iter().filter_map(file).collect()
+/// The files behind loop devices: one on top of a block device shows in no list of holders. And what could not be looked at.
+fn loop_files(loops: &[PathBuf]) -> (Vec<(String, PathBuf)>, Vec<String>) {
+    let (mut files, mut doubts) = (Vec::new(), Vec::new());
+    for folder in loops {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let path = folder.join("loop/backing_file");
+        match read_small(&path) {
+            Ok(file) => files.push((name, PathBuf::from(file.trim_end_matches('\n')))),
+            // It has none.
+            Err(e) if is_gone(&e) => {}
+            Err(e) => doubts.push(cannot_read(&path, &e)),
+        }
+    }
+    (files, doubts)
 }
 
 fn is_of(file: &Path, draft: &Draft) -> bool {
@@ -531,9 +568,8 @@ fn is_of(file: &Path, draft: &Draft) -> bool {
 
 fn finish(draft: Draft, owners: &dyn Owners, block: &Path) -> Device {
     let used_by = draft.used_by();
-    let Draft { mut device, ownership, mut doubts, .. } = draft;
-    let server = device.server.as_ref().filter(|s| s.is_alive()).map(Server::words);
-    let candidate = matches!(ownership, Ownership::Ours(..)) && used_by.is_none() && server.is_none();
+    let Draft { mut device, ownership, served, mut doubts, .. } = draft;
+    let candidate = matches!(ownership, Ownership::Ours(..)) && used_by.is_none() && !served.is_somebody();
     let mut operation = None;
     if candidate {
         let at_work = device.volume.as_ref().and_then(|v| owners.at_work(v));
@@ -545,7 +581,7 @@ fn finish(draft: Draft, owners: &dyn Owners, block: &Path) -> Device {
             doubts.push("it changed while it was looked at".into());
         }
     }
-    let (verdict, why) = judge(&Evidence { ownership, used_by, server, operation, doubts });
+    let (verdict, why) = judge(&Evidence { ownership, used_by, served, operation, doubts });
     (device.verdict, device.why) = (Some(verdict), why);
     device
 }

@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::major;
@@ -16,6 +15,7 @@ use crate::host::User;
 use crate::host::mounts::DeviceLine;
 use crate::host::users::block_number;
 use crate::keeper::process::MARKER;
+use crate::values::VolumeId;
 
 /// The number of the first mount namespace's process namespace: the one in which every process is seen.
 const FIRST_PID_NAMESPACE: &str = "pid:[4026531836]";
@@ -27,6 +27,57 @@ pub struct Mounted {
     pub target: PathBuf,
     /// A process of that mount namespace; none for our own namespace.
     pub in_namespace_of: Option<u32>,
+}
+
+/// What a process that serves a volume is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Program {
+    /// By its arguments.
+    Keeper,
+    /// By its marker.
+    Zerofs,
+}
+
+/// A process that serves a volume, as it looks from outside: nobody has asked it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Serving {
+    /// What it is.
+    pub program: Program,
+    /// The process.
+    pub pid: u32,
+    /// The volume's run folder that it works with.
+    pub run_dir: PathBuf,
+}
+
+impl std::fmt::Display for Serving {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let program = match self.program {
+            Program::Keeper => "keeper",
+            Program::Zerofs => "ZeroFS",
+        };
+        // Anybody may choose the folder's name, and this goes to a terminal.
+        let folder = self.run_dir.to_string_lossy();
+        write!(f, "a {program} runs with the run folder {} (pid {})", folder.escape_debug(), self.pid)
+    }
+}
+
+/// Everything that serves any volume.
+#[derive(Debug, Default)]
+pub struct Servers {
+    /// By volume, the keepers first.
+    found: BTreeMap<String, BTreeSet<Serving>>,
+    /// What could not be looked at.
+    pub doubt: Option<String>,
+}
+
+impl Servers {
+    /// One that serves the volume; none that works with the same run folder as the process `except`.
+    pub fn of(&self, volume: &VolumeId, except: Option<u32>) -> Option<Serving> {
+        let all = self.found.get(volume.as_str())?;
+        let known = all.iter().find(|s| Some(s.pid) == except).map(|s| &s.run_dir);
+        all.iter().find(|s| Some(&s.run_dir) != known).cloned()
+    }
 }
 
 /// Everything that one pass found.
@@ -84,9 +135,10 @@ impl Processes {
             all.doubts
                 .push(format!("mount namespace {ns} is kept without a process: its mounts are not seen"));
         }
-        let text = read_small(&proc.join("swaps")).unwrap_or_default();
-        all.swaps =
-            text.lines().skip(1).filter_map(|l| Some(l.split_whitespace().next()?.to_owned())).collect();
+        match swaps(proc) {
+            Ok(swaps) => all.swaps = swaps,
+            Err(e) => all.doubts.push(format!("cannot read {}: {e}", proc.join("swaps").display())),
+        }
         all
     }
 
@@ -174,22 +226,27 @@ impl Processes {
             .map_or_else(|_| "?".into(), |n| n.trim_end().to_owned())
     }
 
-    /// Every volume that a process serves, wherever its run folder is, with that process: a keeper by its arguments, a
-    /// ZeroFS by its marker. And what could not be looked at.
-    pub fn servers(&self) -> (BTreeMap<String, u32>, Vec<String>) {
-        let (mut found, mut closed) = (BTreeMap::new(), 0);
+    /// Everything that serves a volume, wherever its run folder is.
+    pub fn servers(&self) -> Servers {
+        let (mut servers, mut closed) = (Servers::default(), 0);
         for pid in &self.pids {
             let folder = self.proc.join(pid.to_string());
             for file in ["cmdline", "environ"] {
                 match std::fs::read(folder.join(file)) {
-                    Ok(bytes) => found.extend(served(&bytes).map(|volume| (volume, *pid))),
+                    Ok(bytes) => {
+                        let Some((program, run_dir)) = serving(&bytes) else { continue };
+                        let Some(volume) = run_dir.file_name().and_then(|n| n.to_str()) else { continue };
+                        let all = servers.found.entry(volume.to_owned()).or_default();
+                        all.insert(Serving { program, pid: *pid, run_dir });
+                    }
                     Err(e) if ended(&e) => {}
                     Err(_) => closed += 1,
                 }
             }
         }
-        let doubt = format!("{closed} files of other users' processes may not be read: run it as root");
-        (found, if closed > 0 { vec![doubt] } else { vec![] })
+        servers.doubt = (closed > 0)
+            .then(|| format!("{closed} files of other users' processes may not be read: run it as root"));
+        servers
     }
 
     /// Whether we see every process of the machine; in a container that has its own process namespace we do not.
@@ -198,15 +255,29 @@ impl Processes {
     }
 }
 
-/// The volume whose run folder a process's NUL-separated words name: a keeper's arguments, or a ZeroFS's environment.
-fn served(bytes: &[u8]) -> Option<String> {
+/// What is swapped to; a kernel without swap has no such file.
+fn swaps(proc: &Path) -> std::io::Result<Vec<String>> {
+    let text = match std::fs::read(proc.join("swaps")) {
+        Ok(text) => text,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(vec![]),
+        Err(e) => return Err(e),
+    };
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().skip(1).filter_map(|l| Some(l.split_whitespace().next()?.to_owned())).collect())
+}
+
+/// The volume's run folder that a process's NUL-separated words name: a keeper's arguments, or a ZeroFS's environment.
+fn serving(bytes: &[u8]) -> Option<(Program, PathBuf)> {
     let mut words = bytes.split(|b| *b == 0);
-    let folder = words.find_map(|word| match word {
-        b"--volume-run-dir" => Some(None),
-        _ => word.strip_prefix(MARKER.as_bytes())?.strip_prefix(b"=").map(Some),
+    let (program, folder) = words.find_map(|word| match word {
+        b"--volume-run-dir" => Some((Program::Keeper, None)),
+        _ => {
+            let folder = word.strip_prefix(MARKER.as_bytes())?.strip_prefix(b"=")?;
+            Some((Program::Zerofs, Some(folder)))
+        }
     })?;
     let folder = folder.or_else(|| words.next())?;
-    Some(Path::new(std::ffi::OsStr::from_bytes(folder)).file_name()?.to_str()?.to_owned())
+    Some((program, PathBuf::from(&*String::from_utf8_lossy(folder))))
 }
 
 /// A small file of the kernel's, in one read.
@@ -240,11 +311,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn servers_are_told_by_the_last_part_of_their_run_folder() {
+    fn servers_are_told_by_their_run_folder() {
         let keeper = b"/proc/self/exe\0keeper\0--volume-run-dir\0/run/other/volumes/vol1\0";
-        assert_eq!(served(keeper).as_deref(), Some("vol1"));
+        assert_eq!(serving(keeper), Some((Program::Keeper, "/run/other/volumes/vol1".into())));
         let zerofs = b"PATH=/bin\0ZEROFSCTL_RUN_DIR=/run/zerofsctl/volumes/vol2\0TZ=UTC\0";
-        assert_eq!(served(zerofs).as_deref(), Some("vol2"));
+        assert_eq!(serving(zerofs), Some((Program::Zerofs, "/run/zerofsctl/volumes/vol2".into())));
         for other in [
             &b""[..],
             b"--volume-run-dir",
@@ -252,7 +323,7 @@ mod tests {
             b"XZEROFSCTL_RUN_DIR=/a/vol1\0",
             b"ZEROFSCTL_RUN_DIRS=/a/vol1\0",
         ] {
-            assert_eq!(served(other), None, "{}", String::from_utf8_lossy(other));
+            assert_eq!(serving(other), None, "{}", String::from_utf8_lossy(other));
         }
     }
 

@@ -119,6 +119,26 @@ pub fn ownership(backend: &Backend, recorded: Option<&Recorded>) -> Ownership {
     }
 }
 
+/// What serves a device, in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Served {
+    /// This runs, and serves it, or may.
+    By(String),
+    /// This runs of its volume, and has another device.
+    Another(String),
+    /// Nothing runs of its volume.
+    Nobody,
+    /// Nothing was seen to run, but this could not be looked at.
+    Unknown(String),
+}
+
+impl Served {
+    /// Whether anything runs of its volume, for this device or another one.
+    pub fn is_somebody(&self) -> bool {
+        matches!(self, Served::By(_) | Served::Another(_))
+    }
+}
+
 /// What was seen of a connected device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Evidence {
@@ -126,8 +146,8 @@ pub struct Evidence {
     pub ownership: Ownership,
     /// Who uses it, in words: a mount, a holder, an opener.
     pub used_by: Option<String>,
-    /// What serves it, in words.
-    pub server: Option<String>,
+    /// What serves it.
+    pub served: Served,
     /// An operation that holds its volume's lock, in words.
     pub operation: Option<String>,
     /// What could not be looked at.
@@ -142,19 +162,24 @@ pub fn judge(seen: &Evidence) -> (Verdict, String) {
         Ownership::Ours(..) => {}
     }
     if let Some(user) = &seen.used_by {
-        let why = match &seen.server {
-            Some(_) => user.clone(),
-            None => format!("{user}, but nothing serves it: its I/O waits, or fails"),
+        let why = match &seen.served {
+            Served::By(_) => user.clone(),
+            Served::Another(other) => format!("{user}, but {other}: its I/O waits, or fails"),
+            Served::Nobody => format!("{user}, but nothing serves it: its I/O waits, or fails"),
+            Served::Unknown(doubt) => format!("{user}; whether anything serves it is not known: {doubt}"),
         };
         return (Verdict::OursInUse, why);
     }
-    if let Some(server) = &seen.server {
-        return (Verdict::OursIdle, server.clone());
-    }
+    let unseen = match &seen.served {
+        // What runs may still have to do with the device, whichever it serves.
+        Served::By(words) | Served::Another(words) => return (Verdict::OursIdle, words.clone()),
+        Served::Nobody => None,
+        Served::Unknown(doubt) => Some(doubt),
+    };
     if let Some(operation) = &seen.operation {
         return (Verdict::OursIdle, operation.clone());
     }
-    match seen.doubts.first() {
+    match seen.doubts.first().or(unseen) {
         Some(doubt) => (Verdict::Unknown, doubt.clone()),
         None => {
             (Verdict::OursLeaked, "no mount, no holder, nobody has it open, and nothing serves it".into())
@@ -171,7 +196,7 @@ mod tests {
     }
 
     fn seen(ownership: Ownership) -> Evidence {
-        Evidence { ownership, used_by: None, server: None, operation: None, doubts: vec![] }
+        Evidence { ownership, used_by: None, served: Served::Nobody, operation: None, doubts: vec![] }
     }
 
     #[test]
@@ -226,12 +251,18 @@ mod tests {
         ];
         let some = |bit: u32, n: u32| (n >> bit & 1 == 1).then(|| "x".to_owned());
         for whose in ownerships {
-            for n in 0..16 {
+            for n in 0..32 {
+                let served = match n >> 3 {
+                    0 => Served::Nobody,
+                    1 => Served::By("x".into()),
+                    2 => Served::Another("x".into()),
+                    _ => Served::Unknown("x".into()),
+                };
                 let e = Evidence {
                     used_by: some(0, n),
-                    server: some(1, n),
-                    operation: some(2, n),
-                    doubts: some(3, n).into_iter().collect(),
+                    operation: some(1, n),
+                    doubts: some(2, n).into_iter().collect(),
+                    served,
                     ..seen(whose.clone())
                 };
                 let ours = matches!(whose, Ownership::Ours(..));
