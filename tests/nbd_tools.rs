@@ -198,6 +198,53 @@ fn listed(node: &cli::Node, words: &[&str]) -> Value {
     answer["devices"].as_array().unwrap().iter().find(is_it).expect("it is listed").clone()
 }
 
+/// An attach that was killed has left a device, and the volume is attached again; and whoever asks knows another run folder.
+#[test]
+fn nbd_list_raises_no_alarm_for_a_volume_with_two_devices_or_from_another_run_folder() {
+    with_nbd(|dir| {
+        let leaked = leak(dir, "vol1");
+        let node = cli::Node::new();
+        let m = node.target("m");
+        node.ok(&["attach", "vol1", "--target", &m, "--size", "128Mi", "--fs", "ext4", "--transport", "nbd"]);
+        let live = listed(&node, &[]);
+        assert!(
+            live["index"].as_u64() > Some(leaked.index().into()),
+            "the leak is looked at first: {live:#}"
+        );
+        let mounted_and_served = format!("mounted at {m}");
+        assert_eq!(live["why"], mounted_and_served, "{live:#}");
+        let server = &live["server"];
+        assert_eq!((&server["answers"], &server["index"]), (&json!(true), &live["index"]), "{live:#}");
+
+        let seen = listed(&node, &["--run-dir", &node.target("other")]);
+        assert_eq!(seen["why"], mounted_and_served, "{seen:#}");
+        let elsewhere = &seen["server"]["elsewhere"];
+        assert_eq!(
+            (&elsewhere["program"], &elsewhere["pid"]),
+            (&json!("keeper"), &server["keeper"]),
+            "{seen:#}"
+        );
+
+        // The other device stays as long as the keeper runs, and no longer.
+        let gc = || node.json(&["nbd", "gc", "--older-than", "0s", "--yes"]);
+        let fate = |answer: &Value| {
+            let items = answer["devices"].as_array().unwrap();
+            let item =
+                items.iter().find(|i| i["device"]["index"] == leaked.index()).expect("it is connected");
+            (item["device"]["verdict"].clone(), item["fate"]["outcome"].clone())
+        };
+        let kept = gc();
+        assert_eq!(fate(&kept), (json!("ours-idle"), json!("kept")), "{kept:#}");
+        let has = format!("its volume's keeper (pid {}) has /dev/nbd{}", server["keeper"], live["index"]);
+        assert!(kept.to_string().contains(&has), "{kept:#}");
+        assert_eq!(listed(&node, &[])["why"], mounted_and_served);
+        node.ok(&["detach", "vol1"]);
+        let gone = gc();
+        assert_eq!(fate(&gone).1, "disconnected", "{gone:#}");
+        node.assert_nothing_left("at the end");
+    });
+}
+
 /// The kernel tells of a dead socket once, and nobody hears it when it is the keeper that died.
 #[test]
 fn nbd_list_counts_sockets_that_died_with_their_keepers() {
