@@ -215,7 +215,7 @@ complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l log-format -d 'Write standard error as text or json' -r -f -a "text\t'Lines for people'
 json\t'One JSON object per line'"
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l all -d 'Also devices that are not connected'
-complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l check -d 'Exit with code 3 when a device of ours is leaked'
+complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -l check -d 'Exit with code 3 when a device of ours is leaked, 4 when it is not known whether one is'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -s h -l help -d 'Print this help'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from list" -s v -l verbose -d 'Tell more on standard error; -vv for debugging'
 complete -c zerofsctl -n "__fish_zerofsctl_using_subcommand nbd; and __fish_seen_subcommand_from gc" -l older-than -d 'How long a leak must be known, by an earlier gc or watch, such as 90s or 5m' -r

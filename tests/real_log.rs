@@ -188,6 +188,29 @@ fn root_a_volume_whose_log_is_not_replayed_yet_is_not_released() {
     elsewhere(&raw.node).assert_whole(&bytes, "elsewhere");
 }
 
+/// Whether a log that cannot be read holds anything, nobody knows.
+#[test]
+fn root_a_volume_whose_log_is_damaged_is_not_released_but_by_force() {
+    let raw = Raw::new();
+    raw.left_behind(&pattern(8, LEN), Victim::Both);
+    let log = raw.node.run_root().join("volumes/vol1/replay.log");
+    let file = OpenOptions::new().write(true).open(&log).expect("the log");
+    file.write_all_at(&[0xa5; 16 << 10], 0).expect("a write");
+    for _ in 0..2 {
+        raw.detach(&[]).expect_error(1, &["its replay log cannot be read"]);
+        assert!(log.exists());
+    }
+    raw.detach(&["--force"]).expect_code(0);
+    assert!(log.exists(), "for whoever wants to examine it");
+    let attached = raw.attach();
+    assert!(
+        attached.stderr.contains("is discarded") || attached.stdout.contains("is discarded"),
+        "{attached:?}"
+    );
+    raw.detach(&[]).expect_code(0);
+    raw.node.assert_nothing_left("after a damaged log");
+}
+
 /// Force ends all that runs here, also when nothing can be asked or started; once the store is back, what was acknowledged goes in.
 #[test]
 fn root_force_without_keeper_and_store_ends_zerofs_and_keeps_the_log() {

@@ -675,8 +675,9 @@ impl LinuxHost {
         let folder = self.dirs.volume_run(volume);
         let (fuse, _) = self.dirs.fuse(volume);
         remove(std::fs::remove_dir(&fuse), &fuse)?;
-        let log_is_empty = self.left_behind(volume)? == 0;
-        for name in Self::keeper_names().into_iter().chain(log_is_empty.then(|| log::FILE_NAME.to_owned())) {
+        // Nobody else has what the log holds, or may hold.
+        let goes = matches!(self.peek_log(volume)?, log::Peeked::Nothing | log::Peeked::Void { .. });
+        for name in Self::keeper_names().into_iter().chain(goes.then(|| log::FILE_NAME.to_owned())) {
             let path = folder.join(name);
             remove(std::fs::remove_file(&path), &path)?;
         }

@@ -6,10 +6,11 @@ use jiff::{RoundMode, SpanRound, Timestamp, Unit};
 use serde_json::json;
 
 use super::{Report, counted};
+use crate::error::Error;
 use crate::host::nbd::capacity::MORE_DEVICES;
 use crate::host::nbd::survey::{Device, Survey};
+use crate::host::nbd::usage::Mounted;
 use crate::host::nbd::verdict::{Proof, Verdict};
-use crate::host::nbd::{MODULE_HINT, usage::Mounted};
 use crate::host::users;
 use crate::ops::nbd_gc::{Fate, GcSpec, Item, Left};
 
@@ -64,14 +65,23 @@ pub fn list(survey: &Survey, check: bool, now: Timestamp) -> Report {
     };
     let report = Report::new("nbd-list", survey)
         .names(survey.devices.iter().map(|d| d.path.display().to_string()))
-        .exit(if check && !leaks.is_empty() { 3 } else { 0 });
+        .exit(match check {
+            true if !leaks.is_empty() => 3,
+            // One of them may be a leak.
+            true if of(survey, Verdict::Unknown).next().is_some() => 4,
+            _ => 0,
+        });
     if !c.available {
-        return report
-            .summary("no NBD devices: the kernel's nbd module is not loaded")
-            .notes([format!("hint: {MODULE_HINT}")]);
+        return report.summary("there are no NBD devices");
     }
     let report = report.summary(counts).notes(notes);
     if rows.is_empty() { report } else { report.table(&columns, rows).wide_from(6) }
+}
+
+/// Why there is nothing to tell of, and what to do about it.
+pub fn why_none(e: &Error) -> Vec<String> {
+    let hint = e.hint_text().map(|hint| format!("hint: {hint}"));
+    std::iter::once(format!("note: {}", e.message())).chain(hint).collect()
 }
 
 fn of(survey: &Survey, verdict: Verdict) -> impl Iterator<Item = &Device> {

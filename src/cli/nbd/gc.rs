@@ -4,6 +4,7 @@ use clap::Args;
 
 use crate::cli::{Context, attach};
 use crate::error::Result;
+use crate::host::nbd::{absent, capacity};
 use crate::ops::nbd_gc::{GcSpec, Node, collect, plan};
 use crate::report::{Report, nbd};
 
@@ -36,5 +37,7 @@ pub fn run(args: &GcArgs, context: &Context) -> Result<Report> {
     context.require_root()?;
     let node = Node::new(&context.dirs()?.run);
     let items = if args.yes { collect(&node, spec)? } else { plan(&node, spec)? };
-    Ok(nbd::gc(&items, spec, args.yes, jiff::Timestamp::now()))
+    let report = nbd::gc(&items, spec, args.yes, jiff::Timestamp::now());
+    let absent = if capacity()?.available { None } else { absent() };
+    Ok(report.notes(absent.iter().flat_map(nbd::why_none)))
 }

@@ -4,9 +4,9 @@ use clap::Args;
 
 use crate::cli::Context;
 use crate::error::Result;
-use crate::host::nbd::marks;
 use crate::host::nbd::owners::RunDir;
 use crate::host::nbd::survey::{self, Roots, Scope};
+use crate::host::nbd::{absent, marks};
 use crate::report::{Format, Report, nbd};
 
 /// How long keepers may take to answer, all together: a list should not hang for one that is stopped.
@@ -26,7 +26,7 @@ pub struct ListArgs {
     /// Also devices that are not connected
     #[arg(long)]
     all: bool,
-    /// Exit with code 3 when a device of ours is leaked
+    /// Exit with code 3 when a device of ours is leaked, 4 when it is not known whether one is
     #[arg(long)]
     check: bool,
 }
@@ -38,5 +38,7 @@ pub fn run(args: &ListArgs, context: &Context, format: Format) -> Result<Report>
     let scope = Scope { all: args.all, openers };
     let mut survey = survey::take(&Roots::default(), &RunDir::new(&dirs.run, KEEPERS), scope)?;
     marks::fill(&dirs.run, &mut survey);
-    Ok(nbd::list(&survey, args.check, jiff::Timestamp::now()))
+    let report = nbd::list(&survey, args.check, jiff::Timestamp::now());
+    let absent = if survey.capacity.available { None } else { absent() };
+    Ok(report.notes(absent.iter().flat_map(nbd::why_none)))
 }

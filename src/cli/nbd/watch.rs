@@ -9,10 +9,10 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::cli::{Context, attach};
 use crate::error::{Doing, Error, Kind, Result};
-use crate::host::nbd::marks;
 use crate::host::nbd::netlink::LinkDead;
 use crate::host::nbd::owners::RunDir;
 use crate::host::nbd::survey::{self, Roots, Scope};
+use crate::host::nbd::{absent, capacity, marks};
 use crate::report::nbd::{Change, changes};
 use crate::report::{Format, Report};
 
@@ -56,6 +56,9 @@ pub fn run(args: &WatchArgs, context: &Context, format: Format) -> Result<Report
     let ended = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).doing("wait for", "signals")?;
     // Without the module there is nothing to hear of yet; it may be loaded later.
     let mut dead_links = LinkDead::listen().ok();
+    if let (false, Some(e)) = (capacity()?.available, absent()) {
+        context.progress.warn(&format!("{e}; {}", e.hint_text().unwrap_or_default()));
+    }
     let mut before = Vec::new();
     let mut out = std::io::stdout();
     loop {

@@ -224,7 +224,7 @@ impl LinuxHost {
     }
 
     /// What is in the log that no keeper has open.
-    fn peek_log(&self, volume: &VolumeId) -> Result<Peeked> {
+    pub(super) fn peek_log(&self, volume: &VolumeId) -> Result<Peeked> {
         let (folder, boot) = (self.dirs.volume_run(volume), log::boot_id()?);
         let begun = Instant::now();
         loop {

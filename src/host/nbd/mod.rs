@@ -108,6 +108,11 @@ pub fn supported() -> Result<Support> {
     }
 }
 
+/// Why there are no NBD devices; none where there can be some.
+pub fn absent() -> Option<Error> {
+    supported().and_then(|support| support.require()).err()
+}
+
 /// What it is that lacks when there is no netlink family: a module that is there, loaded or built in, has none.
 fn without_family(sys: &Path, modules: &Path, release: String) -> Support {
     if ["module/nbd", "block/nbd0"].into_iter().any(|p| sys.join(p).exists()) {
