@@ -73,6 +73,9 @@ fn every_command_and_option_in_a_document_exists() {
                 continue;
             };
             let Some(mut command) = definition.get_subcommands().find(|c| c.get_name() == first) else {
+                // Elsewhere it may be a sentence.
+                let is_typed = text[..at].ends_with('`') || text[..at].ends_with("$ ");
+                assert!(!is_typed, "{}: there is no such command: {line}", file.display());
                 continue;
             };
             words.next();

@@ -291,7 +291,8 @@ fn nbd_a_raw_device_waits_and_without_a_server_is_freed_by_force() {
     assert!(node.kill(Victim::Keeper));
     node.hide_the_store();
     assert!(node.kill(Victim::Zerofs));
-    node.run(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
+    let forced = node.run(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
+    assert!(forced.code.is_some_and(|code| code != 0), "released without the store: {forced:?}");
     assert_eq!(connected(), before, "the device is free");
     node.show_the_store();
     node.ok(&["detach", "vol1"]);
@@ -319,6 +320,8 @@ fn nbd_a_raw_device_that_nobody_has_opened_is_freed_without_its_server() {
     let mut detach = node.command(&["detach", "vol1", "--stop-timeout", "2s", "--force"]);
     let mut detach = detach.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     wait_until("the detach ends", LONG, || detach.try_wait().unwrap().is_some());
+    let ended = detach.wait().unwrap();
+    assert!(ended.code().is_some_and(|code| code != 0), "released without the store: {ended:?}");
     assert_eq!(connected(), before, "the device is free");
     node.show_the_store();
     node.ok(&["detach", "vol1"]);

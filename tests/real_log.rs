@@ -188,6 +188,24 @@ fn root_a_volume_whose_log_is_not_replayed_yet_is_not_released() {
     elsewhere(&raw.node).assert_whole(&bytes, "elsewhere");
 }
 
+/// A detach by force that was cut short before it let the volume go: nothing else lets it go with its log, and what the error
+/// says brings everything back.
+#[test]
+fn root_a_forced_detach_that_was_cut_short_is_finished_by_force_only() {
+    let raw = Raw::new();
+    let bytes = pattern(9, LEN);
+    raw.left_behind(&bytes, Victim::Both);
+    let mut forced = raw.detach_with("exit 1", &["--force", "--stop-timeout", "2s"]);
+    let killed = Answer::of(forced.env("ZEROFSCTL_TEST_KILL", "remove-config:after"));
+    assert_eq!(killed.signal, Some(9), "{killed:?}");
+    for words in [&raw.attach[..], &["recover".to_owned()], &["detach".to_owned(), "vol1".to_owned()]] {
+        let answer = Answer::of(&mut raw.command(words)).expect_error(1, &["wait in its replay log"]);
+        assert!(answer.stderr.contains("detach vol1 --force"), "{answer:?}");
+    }
+    raw.detach(&["--force"]).expect_code(0);
+    raw.assert_whole(&bytes, "after a detach by force in two goes");
+}
+
 /// Whether a log that cannot be read holds anything, nobody knows.
 #[test]
 fn root_a_volume_whose_log_is_damaged_is_not_released_but_by_force() {

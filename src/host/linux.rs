@@ -677,7 +677,8 @@ impl LinuxHost {
         remove(std::fs::remove_dir(&fuse), &fuse)?;
         // Nobody else has what the log holds, or may hold.
         let goes = matches!(self.peek_log(volume)?, log::Peeked::Nothing | log::Peeked::Void { .. });
-        for name in Self::keeper_names().into_iter().chain(goes.then(|| log::FILE_NAME.to_owned())) {
+        let log = if goes { &[log::FILE_NAME, stop::HELD][..] } else { &[] };
+        for name in Self::keeper_names().into_iter().chain(log.iter().map(|name| (*name).to_owned())) {
             let path = folder.join(name);
             remove(std::fs::remove_file(&path), &path)?;
         }
@@ -962,14 +963,11 @@ impl Host for LinuxHost {
     }
 
     fn release_claim(&self, volume: &VolumeId) -> Result<()> {
-        let mut passed_on = false;
         for attempt in 0.. {
             let Some((record, tag)) = self.fetch(volume)? else { break };
             match record.release(&self.owner) {
                 Release::Done(record) => {
-                    if !std::mem::replace(&mut passed_on, true) {
-                        self.pass_log_on(volume, &record)?;
-                    }
+                    self.pass_log_on(volume, &record)?;
                     match self.catalog.update(&record, &tag)? {
                         Written::Done(_) => break,
                         Written::LostRace if attempt > 8 => {

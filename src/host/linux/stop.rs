@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use super::{DYING, LinuxHost, START_LIMIT, remove};
+use crate::atomic_file::replace;
 use crate::catalog::{Relation, VolumeRecord};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Doing, Error, Kind, Result};
 use crate::host::{KeeperOptions, KeeperView, Observe, StopOptions};
 use crate::keeper;
 use crate::keeper::control::{self, State, Status, Stopped};
-use crate::keeper::log::{self, Peeked, ReplayLog};
+use crate::keeper::log::{self, Peeked};
 use crate::keeper::path::LogState;
 use crate::keeper::process::Process;
 use crate::values::{ByteSize, VolumeId};
@@ -24,23 +25,31 @@ fn limit(stop: &StopOptions, usual: Duration) -> Duration {
     if stop.force { usual.min(stop.timeout) } else { usual }
 }
 
-/// The error of a volume that is not let go, as so many writes would be lost.
+/// Beside the replay log: the attach epoch up to which nobody but this node had the volume since the log was last written.
+pub(super) const HELD: &str = "replay.held";
+
+/// What always brings in what waits in the log.
+fn with_its_log(volume: &VolumeId) -> String {
+    format!(
+        "let it go with its log (zerofsctl detach {volume} --force), then attach it on this node, before any other does: that brings them in"
+    )
+}
+
+/// The error of a volume that is not let go, as so many writes could be lost.
 fn would_lose(volume: &VolumeId, entries: u64, why: &str) -> Error {
-    Error::refused(format!("{entries} acknowledged writes wait in its replay log, {why}")).hint(format!(
-        "attach it here again to bring them in: zerofsctl attach {volume}; or risk their loss: zerofsctl detach {volume} --force"
-    ))
+    Error::refused(format!("{entries} acknowledged writes wait in its replay log, {why}"))
+        .hint(with_its_log(volume))
 }
 
 /// The error of a ZeroFS that does not come up for what waits.
-fn not_served(entries: u64, e: Error) -> Error {
+fn not_served(volume: &VolumeId, entries: u64, e: Error) -> Error {
     if entries == 0 {
         return e;
     }
     let message =
         format!("{entries} acknowledged writes wait in its replay log for a ZeroFS: {}", e.message());
-    let hint = e.hint_text().map(|hint| format!("{hint}; ")).unwrap_or_default();
-    Error::new(e.kind(), message)
-        .hint(format!("{hint}with other settings, attach it here again: that brings them in, too"))
+    let hint = e.hint_text().map(|hint| format!("{hint}; or ")).unwrap_or_default();
+    Error::new(e.kind(), message).hint(hint + &with_its_log(volume))
 }
 
 /// Whether the keeper has found a log of this attach, and the volume still is ours. One of an attach before is left as it is.
@@ -119,7 +128,9 @@ impl LinuxHost {
             return Ok(true);
         }
         match (record, self.peek_log(volume)?) {
-            (Some(record), Peeked::Left { epoch, .. }) if record.epoch > epoch => Ok(false),
+            (Some(record), Peeked::Left { epoch, .. }) if record.epoch > epoch.max(self.held(volume)) => {
+                Ok(false)
+            }
             _ if left_behind == 0 => Ok(false),
             _ => Err(would_lose(volume, left_behind, "and the volume is not ours in the catalog")),
         }
@@ -158,7 +169,7 @@ impl LinuxHost {
         }
         let epoch = self.known_or_fetch(volume)?.map_or(0, |(r, _)| r.epoch);
         let served = self.serve(volume, epoch, &KeeperOptions::default(), limit(stop, START_LIMIT));
-        served.map_err(|e| not_served(left_behind, e))?;
+        served.map_err(|e| not_served(volume, left_behind, e))?;
         // Without a log there may not even be a disk yet.
         if left_behind > 0 {
             self.replay_within(volume, limit(stop, REPLAY_LIMIT))?;
@@ -169,7 +180,7 @@ impl LinuxHost {
     /// The same where the next keeper runs already, but has not replayed.
     fn settle_log(&self, volume: &VolumeId, left_behind: u64, stop: &StopOptions) -> Result<()> {
         let ready = self.client(volume)?.wait_ready(limit(stop, START_LIMIT));
-        ready.map_err(|e| not_served(left_behind, e))?;
+        ready.map_err(|e| not_served(volume, left_behind, e))?;
         self.replay_within(volume, limit(stop, REPLAY_LIMIT)).map(drop)
     }
 
@@ -203,10 +214,11 @@ impl LinuxHost {
         let status = client.status()?;
         // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
         // anybody else in between there would be one more.
+        let held = self.held(volume);
         let void = match &status.log {
             LogState::Foreign { why } => Some(why.clone()),
             LogState::LeftBehind { epoch, entries, .. }
-                if *epoch + 1 < status.epoch || *epoch > status.epoch =>
+                if held.max(*epoch) + 1 < status.epoch || *epoch > status.epoch =>
             {
                 Some(format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})"))
             }
@@ -247,17 +259,21 @@ impl LinuxHost {
         })
     }
 
+    /// Up to which epoch we had the volume, as an attach that came to nothing has noted; 0 when none has.
+    fn held(&self, volume: &VolumeId) -> u64 {
+        let text = std::fs::read_to_string(self.dirs.volume_run(volume).join(HELD)).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    }
+
     /// What is left in the log when the volume is let go. Of an attach before ours it stays true for the next one here, as
     /// nobody else had the volume meanwhile; of ours it would be lost to an attach elsewhere, which only force may risk.
     pub(super) fn pass_log_on(&self, volume: &VolumeId, record: &VolumeRecord) -> Result<()> {
         match self.peek_log(volume)? {
-            Peeked::Left { epoch, .. } if epoch + 1 == record.epoch => {
-                let who = log::Identity { volume: volume.clone(), epoch, boot: log::boot_id()? };
-                let opened = ReplayLog::open(&self.dirs.volume_run(volume), &who, log::MIN_CAPACITY)?;
-                if let log::Opened::Log(mut log) = opened {
-                    log.set_epoch(record.epoch);
-                }
-                Ok(())
+            Peeked::Left { epoch, .. } if epoch.max(self.held(volume)) + 1 == record.epoch => {
+                let folder = self.dirs.volume_run(volume);
+                let path = folder.join(HELD);
+                replace(&path, &folder.join(".replay.held.new"), record.epoch.to_string().as_bytes())
+                    .doing("write", &path)
             }
             Peeked::Left { entries, epoch, .. } if epoch == record.epoch && !self.force() => {
                 Err(would_lose(volume, entries, "which an attach elsewhere would make void"))
