@@ -117,16 +117,24 @@ impl Raw {
 
 /// Another node with the same store.
 fn elsewhere(first: &Node) -> Raw {
-    let url = format!("file://{}", first.state().join("store").display());
-    let password = Some(first.state().join("store.password"));
-    Raw { password, ..Raw::on(Node::new(), "elsewhere", &["--storage-url", &url]) }
+    named("elsewhere", first)
 }
 
-/// With ZeroFS the newcomer wins: a server that a detach starts for its old log would cut off the owner, and write old data over
-/// new.
+fn named(name: &'static str, first: &Node) -> Raw {
+    let url = format!("file://{}", first.state().join("store").display());
+    let password = Some(first.state().join("store.password"));
+    Raw { password, ..Raw::on(Node::new(), name, &["--storage-url", &url]) }
+}
+
+/// With ZeroFS the newcomer wins: a server that is started for an old log would cut off the owner, and write old data over new.
 #[test]
-fn root_a_detach_after_a_take_over_leaves_the_new_owner_alone() {
-    for victim in [Victim::Both, Victim::Keeper] {
+fn root_what_is_left_of_a_volume_that_was_taken_over_leaves_the_new_owner_alone() {
+    for (victim, first) in [
+        (Victim::Both, &[][..]),
+        (Victim::Keeper, &[]),
+        (Victim::Both, &["recover", "vol1"]),
+        (Victim::Keeper, &["attach", "vol1", "--block", "--target", "again"]),
+    ] {
         let (old, new) = (pattern(1, LEN), pattern(2, LEN));
         let a = Raw::new();
         a.left_behind(&old, victim);
@@ -137,11 +145,13 @@ fn root_a_detach_after_a_take_over_leaves_the_new_owner_alone() {
         device.write_all_at(&new, AT).and_then(|()| device.sync_all()).expect("a durable write");
         drop(device);
         let before = b.node.processes();
-        let answer = a.detach(&[]).expect_code(0);
-        assert!(
-            answer.stderr.contains("acknowledged writes that had not been flushed before are void"),
-            "{answer:?}"
-        );
+        let mut said = String::new();
+        for words in [first, &["detach", "vol1"]].into_iter().filter(|words| !words.is_empty()) {
+            let answer = Answer::of(&mut a.command(words));
+            assert_eq!(answer.code == Some(0), words[0] != "attach", "{answer:?}");
+            said += &answer.stderr;
+        }
+        assert!(said.contains("acknowledged writes that had not been flushed before are void"), "{said}");
         assert_eq!(a.node.processes(), (vec![], vec![]), "{victim:?}");
         assert_eq!(b.node.processes(), before, "{victim:?}: the owner's server was cut off");
         b.assert_holds(&new, "with its owner");
@@ -149,6 +159,53 @@ fn root_a_detach_after_a_take_over_leaves_the_new_owner_alone() {
         b.assert_whole(&new, "for the owner's next attach");
         a.node.assert_nothing_left("of the first owner");
     }
+}
+
+/// Leave to take a volume over is given for one attach, and not for bringing it back later.
+#[test]
+fn root_a_recovery_takes_nothing_over() {
+    let a = Raw::new();
+    let bytes = pattern(10, LEN);
+    a.attach();
+    let mut others = [elsewhere(&a.node), named("third", &a.node)];
+    for other in &mut others {
+        other.attach.push("--take-over".into());
+        other.attach();
+    }
+    let [b, c] = others;
+    let device = OpenOptions::new().write(true).open(c.device()).expect("it opens");
+    device.write_all_at(&bytes, AT).and_then(|()| device.sync_all()).expect("a durable write");
+    drop(device);
+    let before = c.node.processes();
+    for old in [&a, &b] {
+        old.node.kill(Victim::Both);
+        Answer::of(&mut old.command(&["recover", "vol1"])).expect_code(0);
+        old.node.assert_nothing_left("of an owner before");
+    }
+    assert_eq!(c.node.processes(), before, "the owner's server was cut off");
+    c.assert_holds(&bytes, "with its owner");
+    c.detach(&[]).expect_code(0);
+}
+
+/// A log is of one volume, and not of every one of its name.
+#[test]
+fn root_a_log_is_not_replayed_over_another_volume_of_the_same_name() {
+    let (first, other) = (Raw::new(), Raw::new());
+    let (old, theirs) = (pattern(11, LEN), pattern(12, LEN));
+    other.attach();
+    let device = OpenOptions::new().write(true).open(other.device()).expect("it opens");
+    device.write_all_at(&theirs, AT).and_then(|()| device.sync_all()).expect("a durable write");
+    drop(device);
+    other.detach(&[]).expect_code(0);
+    first.left_behind(&old, Victim::Both);
+    Answer::of(&mut first.detach_with("exit 1", &["--force", "--stop-timeout", "2s"])).expect_code(0);
+    let url = format!("file://{}", other.node.state().join("store").display());
+    let password = Some(other.node.state().join("store.password"));
+    let there = Raw { password, ..Raw::on(first.node, "here", &["--storage-url", &url]) };
+    let attached = there.attach();
+    assert!(attached.stdout.contains("another volume of this name"), "{attached:?}");
+    there.assert_holds(&theirs, "of the other volume");
+    there.detach(&[]).expect_code(0);
 }
 
 /// An attach that came to nothing had the volume to itself: what waits in the log is as true as before.
@@ -165,6 +222,20 @@ fn root_what_a_detach_by_force_left_survives_attaches_that_fail() {
         assert_eq!(killed.signal, Some(9), "{killed:?}");
         Answer::of(&mut raw.command(&["recover"])).expect_code(0);
     }
+    // No keeper can start.
+    let logs = raw.node.state().join("logs");
+    let _ = fs::remove_dir_all(logs.join("vol1"));
+    fs::write(logs.join("vol1"), "no folder").expect("a new file");
+    let failed = Answer::of(&mut raw.command(&raw.attach));
+    assert!(failed.code != Some(0) && !failed.stderr.contains("undoing failed"), "{failed:?}");
+    fs::remove_file(logs.join("vol1")).expect("it is ours");
+    // What is noted of the log cannot be read.
+    let held = raw.node.run_root().join("volumes/vol1/replay-held.json");
+    let noted = fs::read(&held).expect("it is noted");
+    fs::write(&held, "{").expect("it is ours");
+    Answer::of(&mut raw.command(&raw.attach)).expect_error(1, &["replay-held.json"]);
+    fs::write(&held, noted).expect("it is ours");
+    raw.node.run(&["recover"]);
     raw.assert_whole(&bytes, "after attaches that came to nothing");
 }
 
@@ -195,6 +266,13 @@ fn root_a_forced_detach_that_was_cut_short_is_finished_by_force_only() {
     let raw = Raw::new();
     let bytes = pattern(9, LEN);
     raw.left_behind(&bytes, Victim::Both);
+    // Before its stop has done anything, it is as good as any other.
+    let mut forced = raw.detach_with("exit 1", &["--force", "--stop-timeout", "2s"]);
+    let killed = Answer::of(forced.env("ZEROFSCTL_TEST_KILL", "stop:started"));
+    assert_eq!(killed.signal, Some(9), "{killed:?}");
+    Answer::of(&mut raw.command(&["recover"])).expect_code(0);
+    raw.node.assert_nothing_left("brought in");
+    raw.left_behind(&bytes, Victim::Both);
     let mut forced = raw.detach_with("exit 1", &["--force", "--stop-timeout", "2s"]);
     let killed = Answer::of(forced.env("ZEROFSCTL_TEST_KILL", "remove-config:after"));
     assert_eq!(killed.signal, Some(9), "{killed:?}");
@@ -220,6 +298,9 @@ fn root_a_volume_whose_log_is_damaged_is_not_released_but_by_force() {
     }
     raw.detach(&["--force"]).expect_code(0);
     assert!(log.exists(), "for whoever wants to examine it");
+    let killed = Answer::of(raw.command(&raw.attach).env("ZEROFSCTL_TEST_KILL", "write-config:after"));
+    assert_eq!(killed.signal, Some(9), "{killed:?}");
+    Answer::of(&mut raw.command(&["recover"])).expect_code(0);
     let attached = raw.attach();
     assert!(
         attached.stderr.contains("is discarded") || attached.stdout.contains("is discarded"),

@@ -670,6 +670,11 @@ impl LinuxHost {
         WRITTEN.iter().chain(&OTHERS).map(|name| (*name).to_owned()).chain(beside).collect()
     }
 
+    /// The log, and what is noted of it, which goes first: without a log it says nothing.
+    fn log_names() -> Vec<String> {
+        vec![keeper::process::beside(Path::new(stop::HELD)), stop::HELD.to_owned(), log::FILE_NAME.to_owned()]
+    }
+
     /// Removes what a stopped keeper leaves in the run folder; each by its name, nothing else.
     fn clean_run_folder(&self, volume: &VolumeId) -> Result<()> {
         let folder = self.dirs.volume_run(volume);
@@ -677,8 +682,8 @@ impl LinuxHost {
         remove(std::fs::remove_dir(&fuse), &fuse)?;
         // Nobody else has what the log holds, or may hold.
         let goes = matches!(self.peek_log(volume)?, log::Peeked::Nothing | log::Peeked::Void { .. });
-        let log = if goes { &[log::FILE_NAME, stop::HELD][..] } else { &[] };
-        for name in Self::keeper_names().into_iter().chain(log.iter().map(|name| (*name).to_owned())) {
+        let log = if goes { Self::log_names() } else { vec![] };
+        for name in Self::keeper_names().into_iter().chain(log) {
             let path = folder.join(name);
             remove(std::fs::remove_file(&path), &path)?;
         }
@@ -833,7 +838,7 @@ impl Observe for LinuxHost {
     fn keeper_files(&self, volume: &VolumeId) -> Result<bool> {
         let folder = self.dirs.volume_run(volume);
         let (fuse, _) = self.dirs.fuse(volume);
-        let mut names = Self::keeper_names().into_iter().chain([log::FILE_NAME.to_owned()]);
+        let mut names = Self::keeper_names().into_iter().chain(Self::log_names());
         Ok(fuse.exists() || names.any(|name| folder.join(name).exists()))
     }
 
@@ -985,6 +990,8 @@ impl Host for LinuxHost {
             }
         }
         *self.known.borrow_mut() = None;
+        // An attach that found the volume taken has not made the config that an earlier one left.
+        self.remove_config(volume)?;
         let folder = self.dirs.volume_state(volume);
         access::remove(&folder)?;
         remove(std::fs::remove_dir(&folder), &folder)?;

@@ -65,6 +65,12 @@ pub(super) fn bring_back(engine: &Engine<'_>, journal: &mut Journal, volume: &Vo
     if wanted.is_none() && !matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. }) {
         return Ok(false);
     }
+    if engine.host.claim(volume).map_err(|e| e.on(volume))?.is_none() {
+        engine.observer.note("somebody else has had the volume since: what is left of it here is taken down");
+        let plan = super::detach::plan(volume, &standing, &Scope::Volume, StopOptions::default())?;
+        engine.run(journal, plan, standing.facts)?;
+        return Ok(false);
+    }
     let plan = again_plan(volume, &standing, claim, connect);
     engine.run(journal, plan, standing.facts.carried())?;
     Ok(true)
@@ -92,7 +98,8 @@ fn again_plan(volume: &VolumeId, standing: &Standing, claim: step::Claim, connec
     let start = step::Start { stop: StopOptions { may_leave_log: true, ..start.stop }, ..start };
     let read_only = connect.read_only;
     // Size and filesystem are recorded by now.
-    let claim = step::Claim { size: None, fs: None, must_exist: true, ..claim };
+    // And leave to take it over was given for one attach.
+    let claim = step::Claim { size: None, fs: None, must_exist: true, take_over: false, ..claim };
     let mut steps: Vec<Step> = vec![
         claim.into(),
         step::WriteConfig {}.into(),

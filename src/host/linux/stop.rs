@@ -1,6 +1,10 @@
 //! The end of a keeper and its ZeroFS: what was acknowledged is made durable first, or waits for the next attach here.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use super::{DYING, LinuxHost, START_LIMIT, remove};
 use crate::atomic_file::replace;
@@ -11,7 +15,7 @@ use crate::keeper;
 use crate::keeper::control::{self, State, Status, Stopped};
 use crate::keeper::log::{self, Peeked};
 use crate::keeper::path::LogState;
-use crate::keeper::process::Process;
+use crate::keeper::process::{Process, beside};
 use crate::values::{ByteSize, VolumeId};
 
 /// How long the replay of an earlier keeper's log may take.
@@ -25,8 +29,34 @@ fn limit(stop: &StopOptions, usual: Duration) -> Duration {
     if stop.force { usual.min(stop.timeout) } else { usual }
 }
 
-/// Beside the replay log: the attach epoch up to which nobody but this node had the volume since the log was last written.
-pub(super) const HELD: &str = "replay.held";
+/// The name of what [`Held`] is written to.
+pub(super) const HELD: &str = "replay-held.json";
+
+/// Beside a replay log that was left when the volume was let go: whose it is, and up to which attach epoch nobody but this
+/// node had the volume since.
+#[derive(Debug, Serialize, Deserialize)]
+struct Held {
+    epoch: u64,
+    /// Of the volume's record: another volume of this name, in whatever store, was made at another instant.
+    created: Timestamp,
+}
+
+impl Held {
+    /// Whether the volume was let go with its log, and an attach of ours right after that is all that there was.
+    fn is_of(&self, record: &VolumeRecord) -> bool {
+        self.created == record.created && self.epoch + 1 >= record.epoch
+    }
+}
+
+/// What is to become of what an earlier keeper left.
+enum Settled {
+    /// The next one brings it in.
+    ByServing,
+    /// It is of an attach before ours, and waits on for the next one that gets as far as its replay.
+    BeforeUs,
+    /// Somebody else has had the volume since.
+    Void,
+}
 
 /// What always brings in what waits in the log.
 fn with_its_log(volume: &VolumeId) -> String {
@@ -62,12 +92,18 @@ impl LinuxHost {
     /// See [`Host::stop_keeper`](crate::host::Host::stop_keeper).
     pub(super) fn stop_and_settle(&self, volume: &VolumeId, options: &StopOptions) -> Result<()> {
         // What is undone may be an earlier command's step, which knows nothing of what this one was told.
-        let options = StopOptions { may_leave_log: options.may_leave_log, ..self.stop.unwrap_or(*options) };
+        // Nor does a command that only finishes an earlier one take its force for granted.
+        let how = self.stop.unwrap_or(StopOptions { force: false, ..*options });
+        let options = StopOptions { may_leave_log: options.may_leave_log, ..how };
         let settled = match self.keeper(volume)? {
             KeeperView::Dead { orphan: false, left_behind: 0 } => return self.clean_run_folder(volume),
             KeeperView::Dead { left_behind, .. } => match self.may_serve_again(volume, left_behind) {
-                Ok(true) => self.serve_again(volume, left_behind, &options),
-                Ok(false) => return self.give_up(volume, left_behind),
+                Ok(Settled::ByServing) => self.serve_again(volume, left_behind, &options),
+                Ok(Settled::BeforeUs) => {
+                    self.end_orphans(volume)?;
+                    return self.clean_run_folder(volume);
+                }
+                Ok(Settled::Void) => return self.give_up(volume, left_behind),
                 Err(e) => Err(e),
             },
             KeeperView::Alive { left_behind, .. } if left_behind > 0 && !options.may_leave_log => {
@@ -119,19 +155,24 @@ impl LinuxHost {
 
     /// Whether a ZeroFS may be started for what an earlier keeper left. With ZeroFS the newcomer wins: one that is started
     /// here after somebody else took the volume would cut off that one, and write old data over new.
-    fn may_serve_again(&self, volume: &VolumeId, left_behind: u64) -> Result<bool> {
+    fn may_serve_again(&self, volume: &VolumeId, left_behind: u64) -> Result<Settled> {
         let record = self.fetch(volume)?.map(|(record, _)| record);
-        let is_ours = |r: &VolumeRecord| {
-            r.owner.as_ref().is_some_and(|owner| owner.relation(&self.owner) == Relation::Us)
+        let log = match self.peek_log(volume)? {
+            Peeked::Left { epoch, .. } => Some(epoch),
+            Peeked::Nothing | Peeked::Void { .. } | Peeked::Damaged { .. } => None,
         };
-        if record.as_ref().is_some_and(is_ours) {
-            return Ok(true);
+        if let Some(record) = &record
+            && record.owner.as_ref().is_some_and(|owner| owner.relation(&self.owner) == Relation::Us)
+        {
+            // The first thing of a replay is that the log gets the epoch of its attach.
+            let before = log.is_some_and(|epoch| epoch < record.epoch);
+            return Ok(if before { Settled::BeforeUs } else { Settled::ByServing });
         }
-        match (record, self.peek_log(volume)?) {
-            (Some(record), Peeked::Left { epoch, .. }) if record.epoch > epoch.max(self.held(volume)) => {
-                Ok(false)
+        match (record, log) {
+            (Some(record), Some(epoch)) if record.epoch > self.last_held(volume, epoch, &record)? => {
+                Ok(Settled::Void)
             }
-            _ if left_behind == 0 => Ok(false),
+            _ if left_behind == 0 => Ok(Settled::Void),
             _ => Err(would_lose(volume, left_behind, "and the volume is not ours in the catalog")),
         }
     }
@@ -172,7 +213,7 @@ impl LinuxHost {
         served.map_err(|e| not_served(volume, left_behind, e))?;
         // Without a log there may not even be a disk yet.
         if left_behind > 0 {
-            self.replay_within(volume, limit(stop, REPLAY_LIMIT))?;
+            self.replay_and_tell(volume, stop)?;
         }
         Ok(())
     }
@@ -181,7 +222,7 @@ impl LinuxHost {
     fn settle_log(&self, volume: &VolumeId, left_behind: u64, stop: &StopOptions) -> Result<()> {
         let ready = self.client(volume)?.wait_ready(limit(stop, START_LIMIT));
         ready.map_err(|e| not_served(volume, left_behind, e))?;
-        self.replay_within(volume, limit(stop, REPLAY_LIMIT)).map(drop)
+        self.replay_and_tell(volume, stop)
     }
 
     fn stop_within(&self, volume: &VolumeId, timeout: Duration, force: bool) -> Result<Stopped> {
@@ -212,27 +253,45 @@ impl LinuxHost {
     pub(super) fn replay_within(&self, volume: &VolumeId, limit: Duration) -> Result<(u64, Option<String>)> {
         let mut client = self.client(volume)?.within(limit);
         let status = client.status()?;
+        let void = self.why_void(volume, &status)?;
+        if void.is_some() {
+            client.discard_log()?;
+        }
+        let entries = client.replay()?.entries;
+        let held = self.dirs.volume_run(volume).join(HELD);
+        remove(std::fs::remove_file(&held), &held)?;
+        Ok(match void {
+            Some(why) => {
+                (0, Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")))
+            }
+            None => (entries, None),
+        })
+    }
+
+    /// The same before a stop, where nobody else tells what became of it.
+    fn replay_and_tell(&self, volume: &VolumeId, stop: &StopOptions) -> Result<()> {
+        if let (_, Some(note)) = self.replay_within(volume, limit(stop, REPLAY_LIMIT))? {
+            tracing::warn!(%volume, "{note}");
+        }
+        Ok(())
+    }
+
+    /// Why the log that the keeper has found must not be replayed, if it must not.
+    fn why_void(&self, volume: &VolumeId, status: &Status) -> Result<Option<String>> {
+        let (epoch, entries) = match &status.log {
+            LogState::Foreign { why } => return Ok(Some(why.clone())),
+            LogState::LeftBehind { epoch, entries, .. } => (*epoch, *entries),
+            LogState::Clean => return Ok(None),
+        };
+        let Some((record, _)) = self.known_or_fetch(volume)? else { return Ok(None) };
+        if self.held(volume)?.is_some_and(|held| held.created != record.created) {
+            return Ok(Some(format!("it was left by another volume of this name ({entries} entries)")));
+        }
         // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
         // anybody else in between there would be one more.
-        let held = self.held(volume);
-        let void = match &status.log {
-            LogState::Foreign { why } => Some(why.clone()),
-            LogState::LeftBehind { epoch, entries, .. }
-                if held.max(*epoch) + 1 < status.epoch || *epoch > status.epoch =>
-            {
-                Some(format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})"))
-            }
-            _ => None,
-        };
-        if let Some(why) = void {
-            client.discard_log()?;
-            client.replay()?;
-            return Ok((
-                0,
-                Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")),
-            ));
-        }
-        Ok((client.replay()?.entries, None))
+        let is_true = self.last_held(volume, epoch, &record)? + 1 >= status.epoch && epoch <= status.epoch;
+        Ok((!is_true)
+            .then(|| format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})")))
     }
 
     /// What is in the log that no keeper has open.
@@ -259,24 +318,44 @@ impl LinuxHost {
         })
     }
 
-    /// Up to which epoch we had the volume, as an attach that came to nothing has noted; 0 when none has.
-    fn held(&self, volume: &VolumeId) -> u64 {
-        let text = std::fs::read_to_string(self.dirs.volume_run(volume).join(HELD)).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
+    fn held(&self, volume: &VolumeId) -> Result<Option<Held>> {
+        let path = self.dirs.volume_run(volume).join(HELD);
+        match std::fs::read(&path) {
+            Ok(text) => Ok(Some(serde_json::from_slice(&text).doing("read", &path)?)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).doing("read", &path),
+        }
+    }
+
+    /// Up to which epoch nobody else had the volume, since a log of this epoch was written here.
+    fn last_held(&self, volume: &VolumeId, epoch: u64, record: &VolumeRecord) -> Result<u64> {
+        let held = self.held(volume)?.filter(|held| held.created == record.created);
+        Ok(held.map_or(epoch, |held| held.epoch.max(epoch)))
+    }
+
+    fn note_held(&self, volume: &VolumeId, record: &VolumeRecord) -> Result<()> {
+        let folder = self.dirs.volume_run(volume);
+        let path = folder.join(HELD);
+        let text = serde_json::to_vec(&Held { epoch: record.epoch, created: record.created })
+            .doing("write", &path)?;
+        replace(&path, &folder.join(beside(Path::new(HELD))), &text).doing("write", &path)
     }
 
     /// What is left in the log when the volume is let go. Of an attach before ours it stays true for the next one here, as
     /// nobody else had the volume meanwhile; of ours it would be lost to an attach elsewhere, which only force may risk.
     pub(super) fn pass_log_on(&self, volume: &VolumeId, record: &VolumeRecord) -> Result<()> {
         match self.peek_log(volume)? {
-            Peeked::Left { epoch, .. } if epoch.max(self.held(volume)) + 1 == record.epoch => {
-                let folder = self.dirs.volume_run(volume);
-                let path = folder.join(HELD);
-                replace(&path, &folder.join(".replay.held.new"), record.epoch.to_string().as_bytes())
-                    .doing("write", &path)
-            }
+            Peeked::Nothing | Peeked::Void { .. } => Ok(()),
             Peeked::Left { entries, epoch, .. } if epoch == record.epoch && !self.force() => {
                 Err(would_lose(volume, entries, "which an attach elsewhere would make void"))
+            }
+            Peeked::Left { epoch, .. } => match self.last_held(volume, epoch, record)? {
+                last if last + 1 >= record.epoch => self.note_held(volume, record),
+                _ => Ok(()),
+            },
+            // It was let go by force before, and only the attach that replaces it has come to nothing.
+            Peeked::Damaged { .. } if self.held(volume)?.is_some_and(|held| held.is_of(record)) => {
+                self.note_held(volume, record)
             }
             Peeked::Damaged { why } if !self.force() => Err(Error::refused(format!(
                 "its replay log cannot be read ({why}), and whether acknowledged writes wait in it cannot be told"
@@ -285,7 +364,10 @@ impl LinuxHost {
                 "keep a copy of {} for an examination; then let the volume go: zerofsctl detach {volume} --force",
                 self.dirs.volume_run(volume).join(log::FILE_NAME).display()
             ))),
-            Peeked::Left { .. } | Peeked::Nothing | Peeked::Void { .. } | Peeked::Damaged { .. } => Ok(()),
+            Peeked::Damaged { why } => {
+                tracing::warn!(%volume, "its replay log cannot be read ({why}), and stays until the next attach here discards it");
+                self.note_held(volume, record)
+            }
         }
     }
 }
