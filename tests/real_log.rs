@@ -202,10 +202,48 @@ fn root_a_log_is_not_replayed_over_another_volume_of_the_same_name() {
     let url = format!("file://{}", other.node.state().join("store").display());
     let password = Some(other.node.state().join("store.password"));
     let there = Raw { password, ..Raw::on(first.node, "here", &["--storage-url", &url]) };
-    let attached = there.attach();
-    assert!(attached.stdout.contains("another volume of this name"), "{attached:?}");
+    // An attach that comes to nothing does not make it one of this volume.
+    let killed = Answer::of(there.command(&there.attach).env("ZEROFSCTL_TEST_KILL", "write-config:after"));
+    assert_eq!(killed.signal, Some(9), "{killed:?}");
+    Answer::of(&mut there.command(&["recover"])).expect_code(0);
+    // One that is killed after its replay leaves no note that would make the next log another volume's.
+    let killed = Answer::of(there.command(&there.attach).env("ZEROFSCTL_TEST_KILL", "replay:applied"));
+    assert_eq!(killed.signal, Some(9), "{killed:?}");
+    there.attach();
     there.assert_holds(&theirs, "of the other volume");
+    let held = there.write_acknowledged(&theirs[..4096]);
+    assert!(there.node.kill(Victim::Both));
+    drop(held);
+    Answer::of(&mut there.command(&["recover"])).expect_code(0);
+    there.assert_holds(&theirs, "of the other volume, with its own log");
     there.detach(&[]).expect_code(0);
+    there.node.assert_nothing_left("of both");
+}
+
+/// What lives here is not taken for what an attach has made that finds the volume taken.
+#[test]
+fn root_an_attach_that_finds_the_volume_taken_leaves_what_is_here() {
+    let a = Raw::new();
+    let bytes = pattern(13, LEN);
+    a.attach();
+    let mut b = elsewhere(&a.node);
+    b.attach.push("--take-over".into());
+    b.attach();
+    let second = a.node.target("second");
+    let words = ["attach", "vol1", "--block", "--target", &second, "--transport", "fuse"];
+    Answer::of(&mut a.command(&words)).expect_error(1, &["somebody else has had it since"]);
+    assert!(a.node.state().join("volumes/vol1/config.toml").exists());
+    // Nor on a node that goes by another name today.
+    let stranger = Answer::of(b.node.command(&words[..4]).env("NODE_ID", "stranger").arg(&second));
+    stranger.expect_error(1, &["it was attached here, but the catalog says that"]);
+    assert!(b.node.state().join("volumes/vol1/config.toml").exists());
+    let device = OpenOptions::new().write(true).open(b.device()).expect("it opens");
+    device.write_all_at(&bytes, AT).and_then(|()| device.sync_all()).expect("a durable write");
+    drop(device);
+    a.detach(&[]).expect_code(0);
+    a.node.assert_nothing_left("of the first owner");
+    b.assert_holds(&bytes, "with its owner");
+    b.detach(&[]).expect_code(0);
 }
 
 /// An attach that came to nothing had the volume to itself: what waits in the log is as true as before.
@@ -235,7 +273,7 @@ fn root_what_a_detach_by_force_left_survives_attaches_that_fail() {
     fs::write(&held, "{").expect("it is ours");
     Answer::of(&mut raw.command(&raw.attach)).expect_error(1, &["replay-held.json"]);
     fs::write(&held, noted).expect("it is ours");
-    raw.node.run(&["recover"]);
+    Answer::of(&mut raw.command(&["recover"])).expect_code(0);
     raw.assert_whole(&bytes, "after attaches that came to nothing");
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, IoPath, KeeperOptions, KeeperView,
-    Life, MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User,
+    Life, MountEntry, Observe, Signature, StopOptions, TargetView, Tenure, Transport, User,
 };
 use crate::error::{Error, Kind, Result};
 use crate::host::{CheckResult, Device};
@@ -479,6 +479,16 @@ const NODES: &str = "devtmpfs";
 impl Observe for FakeHost {
     fn claim(&self, _: &VolumeId) -> Result<Option<Claimed>> {
         Ok(self.world.borrow().record.as_ref().filter(|r| r.owned).map(claimed))
+    }
+
+    fn tenure(&self, _: &VolumeId, epoch: u64) -> Result<Tenure> {
+        let w = self.world.borrow();
+        w.require_store()?;
+        Ok(match &w.record {
+            Some(record) if record.owned => Tenure::Ours,
+            Some(record) if record.epoch > epoch => Tenure::Over,
+            _ => Tenure::Unclear("it is nobody's".into()),
+        })
     }
 
     fn claim_absent(&self, volume: &VolumeId) -> Result<bool> {

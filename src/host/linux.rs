@@ -16,8 +16,8 @@ use zeroize::Zeroizing;
 use super::programs::Program;
 use super::{
     ClaimRequest, Claimed, ConnectRequest, Content, DeviceView, Host, KeeperOptions, KeeperView, Life,
-    MountEntry, Observe, Signature, StopOptions, TargetView, Transport, User, access, bind, companion,
-    device, loopdev, mounts, old_logs, signature, users, utab,
+    MountEntry, Observe, Signature, StopOptions, TargetView, Tenure, Transport, User, access, bind,
+    companion, device, loopdev, mounts, old_logs, signature, users, utab,
 };
 use crate::atomic_file::{FolderLock, replace};
 use crate::background::Background;
@@ -776,6 +776,19 @@ impl Observe for LinuxHost {
         }
     }
 
+    fn tenure(&self, volume: &VolumeId, epoch: u64) -> Result<Tenure> {
+        let Some((record, _)) = self.fetch(volume)? else {
+            return Ok(Tenure::Unclear("its catalog record is not there".into()));
+        };
+        let by = match &record.owner {
+            Some(owner) if owner.relation(&self.owner) == Relation::Us => return Ok(Tenure::Ours),
+            _ if record.epoch > epoch => return Ok(Tenure::Over),
+            Some(owner) => owner.to_string(),
+            None => "nobody".into(),
+        };
+        Ok(Tenure::Unclear(format!("the catalog says that {by} has it, and we are {}", self.owner)))
+    }
+
     fn claim_absent(&self, volume: &VolumeId) -> Result<bool> {
         if self.dirs.volume_state(volume).exists() {
             return Ok(false);
@@ -990,8 +1003,6 @@ impl Host for LinuxHost {
             }
         }
         *self.known.borrow_mut() = None;
-        // An attach that found the volume taken has not made the config that an earlier one left.
-        self.remove_config(volume)?;
         let folder = self.dirs.volume_state(volume);
         access::remove(&folder)?;
         remove(std::fs::remove_dir(&folder), &folder)?;
@@ -1074,6 +1085,8 @@ impl Host for LinuxHost {
     }
 
     fn connect(&self, volume: &VolumeId, request: &ConnectRequest) -> Result<Device> {
+        // What it says is of a log that is replayed or discarded by now; the next entries are of this attach.
+        self.forget_held(volume)?;
         let mut client = self.client(volume)?.within(Duration::from_secs(600));
         if request.transport == Transport::Nbd {
             // Before there is a device: a keeper that dies once the kernel has it leaves one that waits, and what looks

@@ -345,10 +345,23 @@ impl Default for StopOptions {
     }
 }
 
+/// What the catalog says of a volume that was attached here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tenure {
+    /// It is ours.
+    Ours,
+    /// Somebody else has had it since.
+    Over,
+    /// Neither can be told: why not.
+    Unclear(String),
+}
+
 /// The read-only half of the host.
 pub trait Observe {
     /// Our claim on the volume, if we hold it.
     fn claim(&self, volume: &VolumeId) -> Result<Option<Claimed>>;
+    /// Whether the volume is ours still, as it was at an attach of this epoch.
+    fn tenure(&self, volume: &VolumeId, epoch: u64) -> Result<Tenure>;
     /// Whether nothing is left of a claim: it is not ours in the catalog, and nothing is kept to release it with.
     fn claim_absent(&self, volume: &VolumeId) -> Result<bool>;
     /// The store that this host looks into, where there is more than one in the world.

@@ -154,7 +154,17 @@ pub fn attach(engine: &Engine<'_>, run_dir: &Path, spec: &AttachSpec) -> Result<
                 super::recover::bring_back(engine, &mut journal, &spec.volume)?;
             }
             check_target(engine.host, spec)?;
-            if journal.standing().connect.is_none() {
+            let standing = journal.standing();
+            // A claim that failed would be undone, and with it what still lives here.
+            if standing.claimed && !is_ours(engine, &spec.volume, &standing)? {
+                return Err(Error::new(
+                    Kind::Conflict,
+                    "somebody else has had it since it was attached here",
+                )
+                .on(&spec.volume)
+                .hint(format!("take down what is left of it first: zerofsctl detach {}", spec.volume)));
+            }
+            if standing.connect.is_none() {
                 engine.host.prepare_transport(spec.transport).map_err(|e| e.on(&spec.volume))?;
             }
         }

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Kind, Result};
-use crate::host::{IoPath, KeeperView, Life, TargetView, Transport};
+use crate::host::{IoPath, KeeperView, Life, TargetView, Tenure, Transport};
 use crate::journal::{Journal, Settlement, Standing, place};
 use crate::plan::{Operation, Plan, Task};
 use crate::run::{Engine, RunReport};
@@ -62,6 +62,19 @@ fn clear_wreck(engine: &Engine<'_>, journal: &mut Journal, volume: &VolumeId) ->
         clear(engine, journal, volume, standing, connect)?;
     }
     Ok(wreck)
+}
+
+/// Whether a volume that stands here is ours in the catalog; false only when somebody else has had it since.
+fn is_ours(engine: &Engine<'_>, volume: &VolumeId, standing: &Standing) -> Result<bool> {
+    match engine.host.tenure(volume, standing.facts.epoch.unwrap_or(0)).map_err(|e| e.on(volume))? {
+        Tenure::Ours => Ok(true),
+        Tenure::Over => Ok(false),
+        Tenure::Unclear(why) => Err(Error::refused(format!("it was attached here, but {why}"))
+            .on(volume)
+            .hint(format!(
+                "bring its store back, or name this node as at that attach (NODE_ID); or take down what is here: zerofsctl detach {volume}"
+            ))),
+    }
 }
 
 /// Takes down an NBD device whose filesystem was told of an error, because the kernel held its I/O for as long as it may:

@@ -65,7 +65,7 @@ pub(super) fn bring_back(engine: &Engine<'_>, journal: &mut Journal, volume: &Vo
     if wanted.is_none() && !matches!(engine.host.keeper(volume)?, KeeperView::Dead { .. }) {
         return Ok(false);
     }
-    if engine.host.claim(volume).map_err(|e| e.on(volume))?.is_none() {
+    if !is_ours(engine, volume, &standing)? {
         engine.observer.note("somebody else has had the volume since: what is left of it here is taken down");
         let plan = super::detach::plan(volume, &standing, &Scope::Volume, StopOptions::default())?;
         engine.run(journal, plan, standing.facts)?;

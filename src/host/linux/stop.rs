@@ -165,7 +165,8 @@ impl LinuxHost {
             && record.owner.as_ref().is_some_and(|owner| owner.relation(&self.owner) == Relation::Us)
         {
             // The first thing of a replay is that the log gets the epoch of its attach.
-            let before = log.is_some_and(|epoch| epoch < record.epoch);
+            let foreign = self.held(volume)?.is_some_and(|held| held.created != record.created);
+            let before = log.is_some_and(|epoch| foreign || epoch < record.epoch);
             return Ok(if before { Settled::BeforeUs } else { Settled::ByServing });
         }
         match (record, log) {
@@ -258,8 +259,7 @@ impl LinuxHost {
             client.discard_log()?;
         }
         let entries = client.replay()?.entries;
-        let held = self.dirs.volume_run(volume).join(HELD);
-        remove(std::fs::remove_file(&held), &held)?;
+        self.forget_held(volume)?;
         Ok(match void {
             Some(why) => {
                 (0, Some(format!("the replay log of an earlier keeper was void and is discarded: {why}")))
@@ -320,11 +320,21 @@ impl LinuxHost {
 
     fn held(&self, volume: &VolumeId) -> Result<Option<Held>> {
         let path = self.dirs.volume_run(volume).join(HELD);
-        match std::fs::read(&path) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text).doing("read", &path)?)),
+        let held = match std::fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).doing("read", &path),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e).doing("read", &path),
-        }
+        };
+        held.map_err(|e| {
+            e.hint(format!(
+                "it says whose the replay log beside it is; to take that for this volume's: zerofsctl detach {volume} --force"
+            ))
+        })
+    }
+
+    pub(super) fn forget_held(&self, volume: &VolumeId) -> Result<()> {
+        let path = self.dirs.volume_run(volume).join(HELD);
+        remove(std::fs::remove_file(&path), &path)
     }
 
     /// Up to which epoch nobody else had the volume, since a log of this epoch was written here.
@@ -344,17 +354,27 @@ impl LinuxHost {
     /// What is left in the log when the volume is let go. Of an attach before ours it stays true for the next one here, as
     /// nobody else had the volume meanwhile; of ours it would be lost to an attach elsewhere, which only force may risk.
     pub(super) fn pass_log_on(&self, volume: &VolumeId, record: &VolumeRecord) -> Result<()> {
+        let held = match self.held(volume) {
+            Err(e) if self.force() => {
+                tracing::warn!(%volume, "{e}: it is written anew, as --force says");
+                None
+            }
+            other => other?,
+        };
+        if held.as_ref().is_some_and(|held| held.created != record.created) {
+            // Of another volume of this name: the log and what is noted of it stay as they are.
+            return Ok(());
+        }
+        let last = |epoch: u64| held.as_ref().map_or(epoch, |held| held.epoch.max(epoch));
         match self.peek_log(volume)? {
             Peeked::Nothing | Peeked::Void { .. } => Ok(()),
             Peeked::Left { entries, epoch, .. } if epoch == record.epoch && !self.force() => {
                 Err(would_lose(volume, entries, "which an attach elsewhere would make void"))
             }
-            Peeked::Left { epoch, .. } => match self.last_held(volume, epoch, record)? {
-                last if last + 1 >= record.epoch => self.note_held(volume, record),
-                _ => Ok(()),
-            },
+            Peeked::Left { epoch, .. } if last(epoch) + 1 >= record.epoch => self.note_held(volume, record),
+            Peeked::Left { .. } => Ok(()),
             // It was let go by force before, and only the attach that replaces it has come to nothing.
-            Peeked::Damaged { .. } if self.held(volume)?.is_some_and(|held| held.is_of(record)) => {
+            Peeked::Damaged { .. } if held.as_ref().is_some_and(|held| held.is_of(record)) => {
                 self.note_held(volume, record)
             }
             Peeked::Damaged { why } if !self.force() => Err(Error::refused(format!(
