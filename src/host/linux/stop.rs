@@ -283,13 +283,16 @@ impl LinuxHost {
             LogState::LeftBehind { epoch, entries, .. } => (*epoch, *entries),
             LogState::Clean => return Ok(None),
         };
-        let Some((record, _)) = self.known_or_fetch(volume)? else { return Ok(None) };
-        if self.held(volume)?.is_some_and(|held| held.created != record.created) {
-            return Ok(Some(format!("it was left by another volume of this name ({entries} entries)")));
-        }
+        let last = match self.known_or_fetch(volume)? {
+            Some((record, _)) if self.held(volume)?.is_some_and(|held| held.created != record.created) => {
+                return Ok(Some(format!("it was left by another volume of this name ({entries} entries)")));
+            }
+            Some((record, _)) => self.last_held(volume, epoch, &record)?,
+            None => epoch,
+        };
         // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
         // anybody else in between there would be one more.
-        let is_true = self.last_held(volume, epoch, &record)? + 1 >= status.epoch && epoch <= status.epoch;
+        let is_true = last + 1 >= status.epoch && epoch <= status.epoch;
         Ok((!is_true)
             .then(|| format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})")))
     }
