@@ -4,14 +4,14 @@
 mod support;
 
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::cli::{Answer, Node, Victim, assert_holds, pattern, write_durably};
+use support::cli::{Answer, Node, Victim, assert_holds, pattern, write_acknowledged, write_durably};
 use support::{wait_until, zerofs_bin};
 
 const AT: u64 = 4 << 20;
@@ -59,22 +59,20 @@ impl Raw {
         fs::read_link(&self.link).expect("a raw attach makes a link")
     }
 
-    /// An O_DIRECT write is acknowledged by the keeper, and no flush follows before the file is closed.
-    fn write_acknowledged(&self, bytes: &[u8]) -> File {
-        let device = self.device();
-        let file =
-            OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(device).expect("it opens");
-        let mut room = vec![0; bytes.len() + 4096];
-        let start = room.as_ptr().align_offset(4096);
-        room[start..start + bytes.len()].copy_from_slice(bytes);
-        file.write_all_at(&room[start..start + bytes.len()], AT).expect("an acknowledged write");
-        file
+    fn take_over(&mut self) {
+        self.attach.push("--take-over".into());
+        self.attach();
+    }
+
+    fn write_durably(&self, bytes: &[u8]) {
+        let device = OpenOptions::new().write(true).open(self.device()).expect("it opens");
+        device.write_all_at(bytes, AT).and_then(|()| device.sync_all()).expect("a durable write");
     }
 
     /// An attach that has acknowledged `bytes`, and lost its keeper.
     fn left_behind(&self, bytes: &[u8], victim: Victim) {
         self.attach();
-        let held = self.write_acknowledged(bytes);
+        let held = write_acknowledged(&self.device(), AT, bytes);
         assert!(self.node.kill(victim));
         drop(held);
     }
@@ -117,13 +115,13 @@ impl Raw {
 
 /// Another node with the same store.
 fn elsewhere(first: &Node) -> Raw {
-    named("elsewhere", first)
+    on_the_store_of(first, "elsewhere", Node::new())
 }
 
-fn named(name: &'static str, first: &Node) -> Raw {
+fn on_the_store_of(first: &Node, name: &'static str, node: Node) -> Raw {
     let url = format!("file://{}", first.state().join("store").display());
     let password = Some(first.state().join("store.password"));
-    Raw { password, ..Raw::on(Node::new(), name, &["--storage-url", &url]) }
+    Raw { password, ..Raw::on(node, name, &["--storage-url", &url]) }
 }
 
 /// With ZeroFS the newcomer wins: a server that is started for an old log would cut off the owner, and write old data over new.
@@ -139,11 +137,8 @@ fn root_what_is_left_of_a_volume_that_was_taken_over_leaves_the_new_owner_alone(
         let a = Raw::new();
         a.left_behind(&old, victim);
         let mut b = elsewhere(&a.node);
-        b.attach.push("--take-over".into());
-        b.attach();
-        let device = OpenOptions::new().write(true).open(b.device()).expect("it opens");
-        device.write_all_at(&new, AT).and_then(|()| device.sync_all()).expect("a durable write");
-        drop(device);
+        b.take_over();
+        b.write_durably(&new);
         let before = b.node.processes();
         let mut said = String::new();
         for words in [first, &["detach", "vol1"]].into_iter().filter(|words| !words.is_empty()) {
@@ -167,15 +162,12 @@ fn root_a_recovery_takes_nothing_over() {
     let a = Raw::new();
     let bytes = pattern(10, LEN);
     a.attach();
-    let mut others = [elsewhere(&a.node), named("third", &a.node)];
+    let mut others = [elsewhere(&a.node), on_the_store_of(&a.node, "third", Node::new())];
     for other in &mut others {
-        other.attach.push("--take-over".into());
-        other.attach();
+        other.take_over();
     }
     let [b, c] = others;
-    let device = OpenOptions::new().write(true).open(c.device()).expect("it opens");
-    device.write_all_at(&bytes, AT).and_then(|()| device.sync_all()).expect("a durable write");
-    drop(device);
+    c.write_durably(&bytes);
     let before = c.node.processes();
     for old in [&a, &b] {
         old.node.kill(Victim::Both);
@@ -193,15 +185,11 @@ fn root_a_log_is_not_replayed_over_another_volume_of_the_same_name() {
     let (first, other) = (Raw::new(), Raw::new());
     let (old, theirs) = (pattern(11, LEN), pattern(12, LEN));
     other.attach();
-    let device = OpenOptions::new().write(true).open(other.device()).expect("it opens");
-    device.write_all_at(&theirs, AT).and_then(|()| device.sync_all()).expect("a durable write");
-    drop(device);
+    other.write_durably(&theirs);
     other.detach(&[]).expect_code(0);
     first.left_behind(&old, Victim::Both);
     Answer::of(&mut first.detach_with("exit 1", &["--force", "--stop-timeout", "2s"])).expect_code(0);
-    let url = format!("file://{}", other.node.state().join("store").display());
-    let password = Some(other.node.state().join("store.password"));
-    let there = Raw { password, ..Raw::on(first.node, "here", &["--storage-url", &url]) };
+    let there = on_the_store_of(&other.node, "here", first.node);
     // An attach that comes to nothing does not make it one of this volume.
     let killed = Answer::of(there.command(&there.attach).env("ZEROFSCTL_TEST_KILL", "write-config:after"));
     assert_eq!(killed.signal, Some(9), "{killed:?}");
@@ -211,7 +199,7 @@ fn root_a_log_is_not_replayed_over_another_volume_of_the_same_name() {
     assert_eq!(killed.signal, Some(9), "{killed:?}");
     there.attach();
     there.assert_holds(&theirs, "of the other volume");
-    let held = there.write_acknowledged(&theirs[..4096]);
+    let held = write_acknowledged(&there.device(), AT, &theirs[..4096]);
     assert!(there.node.kill(Victim::Both));
     drop(held);
     Answer::of(&mut there.command(&["recover"])).expect_code(0);
@@ -227,8 +215,7 @@ fn root_an_attach_that_finds_the_volume_taken_leaves_what_is_here() {
     let bytes = pattern(13, LEN);
     a.attach();
     let mut b = elsewhere(&a.node);
-    b.attach.push("--take-over".into());
-    b.attach();
+    b.take_over();
     let second = a.node.target("second");
     let words = ["attach", "vol1", "--block", "--target", &second, "--transport", "fuse"];
     Answer::of(&mut a.command(&words)).expect_error(1, &["somebody else has had it since"]);
@@ -237,9 +224,7 @@ fn root_an_attach_that_finds_the_volume_taken_leaves_what_is_here() {
     let stranger = Answer::of(b.node.command(&words[..4]).env("NODE_ID", "stranger").arg(&second));
     stranger.expect_error(1, &["it was attached here, but the catalog says that"]);
     assert!(b.node.state().join("volumes/vol1/config.toml").exists());
-    let device = OpenOptions::new().write(true).open(b.device()).expect("it opens");
-    device.write_all_at(&bytes, AT).and_then(|()| device.sync_all()).expect("a durable write");
-    drop(device);
+    b.write_durably(&bytes);
     a.detach(&[]).expect_code(0);
     a.node.assert_nothing_left("of the first owner");
     b.assert_holds(&bytes, "with its owner");
@@ -371,7 +356,7 @@ fn root_force_on_a_raw_device_waits_no_longer_than_it_was_told() {
     let raw = Raw::new();
     let bytes = pattern(6, LEN);
     raw.attach();
-    let held = raw.write_acknowledged(&bytes);
+    let held = write_acknowledged(&raw.device(), AT, &bytes);
     raw.stop_zerofs();
     // Closed by somebody else: the flush on close waits for the server.
     let closing = std::thread::spawn(move || drop(held));

@@ -6,14 +6,16 @@ mod support;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::cli::{Answer, Node, Victim, assert_holds, files_below, pattern, write_durably};
+use support::cli::{
+    Answer, Node, Victim, assert_holds, files_below, pattern, write_acknowledged, write_durably,
+};
 use support::stuck::{a_mount_that_outlives_its_command, an_unmount_without_storage};
 use support::zerofs::Daemon;
 use support::{require_program, wait_until, zerofs_bin};
@@ -265,18 +267,6 @@ fn root_a_damaged_filesystem_is_found_and_repaired() {
     assert_holds(&Path::new(&m).join("first"), &bytes, "after the repair");
     node.ok(&["detach", "vol1"]);
     node.assert_nothing_left("in the end");
-}
-
-/// An O_DIRECT write is acknowledged by the keeper, not by any cache. No flush follows, so that only the replay log
-/// can have it; for closing the device flushes it, and the caller does that.
-fn write_acknowledged(device: &Path, at: u64, bytes: &[u8]) -> File {
-    let file =
-        OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(device).expect("the device opens");
-    let mut room = vec![0; bytes.len() + 4096];
-    let start = room.as_ptr().align_offset(4096);
-    room[start..start + bytes.len()].copy_from_slice(bytes);
-    file.write_all_at(&room[start..start + bytes.len()], at).expect("an acknowledged write");
-    file
 }
 
 #[test]

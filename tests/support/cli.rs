@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -360,6 +361,18 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     }
     bytes.truncate(len);
     bytes
+}
+
+/// An O_DIRECT write is acknowledged by the keeper, not by any cache. No flush follows, so that only the replay log
+/// can have it; for closing the device flushes it, and the caller does that.
+pub fn write_acknowledged(device: &Path, at: u64, bytes: &[u8]) -> File {
+    let file =
+        File::options().write(true).custom_flags(libc::O_DIRECT).open(device).expect("the device opens");
+    let mut room = vec![0; bytes.len() + 4096];
+    let start = room.as_ptr().align_offset(4096);
+    room[start..start + bytes.len()].copy_from_slice(bytes);
+    file.write_all_at(&room[start..start + bytes.len()], at).expect("an acknowledged write");
+    file
 }
 
 /// Writes a file and returns when it is durable.

@@ -38,6 +38,5 @@ pub fn run(args: &GcArgs, context: &Context) -> Result<Report> {
     let node = Node::new(&context.dirs()?.run);
     let items = if args.yes { collect(&node, spec)? } else { plan(&node, spec)? };
     let report = nbd::gc(&items, spec, args.yes, jiff::Timestamp::now());
-    let absent = if capacity()?.available { None } else { absent() };
-    Ok(report.notes(absent.iter().flat_map(nbd::why_none)))
+    Ok(report.notes(absent(&capacity()?).iter().flat_map(nbd::why_none)))
 }

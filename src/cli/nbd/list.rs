@@ -39,6 +39,5 @@ pub fn run(args: &ListArgs, context: &Context, format: Format) -> Result<Report>
     let mut survey = survey::take(&Roots::default(), &RunDir::new(&dirs.run, KEEPERS), scope)?;
     marks::fill(&dirs.run, &mut survey);
     let report = nbd::list(&survey, args.check, jiff::Timestamp::now());
-    let absent = if survey.capacity.available { None } else { absent() };
-    Ok(report.notes(absent.iter().flat_map(nbd::why_none)))
+    Ok(report.notes(absent(&survey.capacity).iter().flat_map(nbd::why_none)))
 }

@@ -56,7 +56,7 @@ pub fn run(args: &WatchArgs, context: &Context, format: Format) -> Result<Report
     let ended = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).doing("wait for", "signals")?;
     // Without the module there is nothing to hear of yet; it may be loaded later.
     let mut dead_links = LinkDead::listen().ok();
-    if let (false, Some(e)) = (capacity()?.available, absent()) {
+    if let Some(e) = absent(&capacity()?) {
         context.progress.warn(&format!("{e}; {}", e.hint_text().unwrap_or_default()));
     }
     let mut before = Vec::new();

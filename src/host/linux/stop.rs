@@ -42,10 +42,14 @@ struct Held {
 }
 
 impl Held {
-    /// Whether the volume was let go with its log, and an attach of ours right after that is all that there was.
     fn is_of(&self, record: &VolumeRecord) -> bool {
-        self.created == record.created && self.epoch + 1 >= record.epoch
+        self.created == record.created
     }
+}
+
+/// Up to which epoch nobody else had the volume, since a log of this epoch was written here.
+fn last(held: Option<&Held>, epoch: u64) -> u64 {
+    held.map_or(epoch, |held| held.epoch.max(epoch))
 }
 
 /// What is to become of what an earlier keeper left.
@@ -165,12 +169,15 @@ impl LinuxHost {
             && record.owner.as_ref().is_some_and(|owner| owner.relation(&self.owner) == Relation::Us)
         {
             // The first thing of a replay is that the log gets the epoch of its attach.
-            let foreign = self.held(volume)?.is_some_and(|held| held.created != record.created);
+            let foreign = self.held(volume)?.is_some_and(|held| !held.is_of(record));
             let before = log.is_some_and(|epoch| foreign || epoch < record.epoch);
             return Ok(if before { Settled::BeforeUs } else { Settled::ByServing });
         }
         match (record, log) {
-            (Some(record), Some(epoch)) if record.epoch > self.last_held(volume, epoch, &record)? => {
+            (Some(record), Some(epoch))
+                if record.epoch
+                    > last(self.held(volume)?.filter(|held| held.is_of(&record)).as_ref(), epoch) =>
+            {
                 Ok(Settled::Void)
             }
             _ if left_behind == 0 => Ok(Settled::Void),
@@ -283,16 +290,17 @@ impl LinuxHost {
             LogState::LeftBehind { epoch, entries, .. } => (*epoch, *entries),
             LogState::Clean => return Ok(None),
         };
-        let last = match self.known_or_fetch(volume)? {
-            Some((record, _)) if self.held(volume)?.is_some_and(|held| held.created != record.created) => {
+        let mut last_held = epoch;
+        if let Some((record, _)) = self.known_or_fetch(volume)? {
+            let held = self.held(volume)?;
+            if held.as_ref().is_some_and(|held| !held.is_of(&record)) {
                 return Ok(Some(format!("it was left by another volume of this name ({entries} entries)")));
             }
-            Some((record, _)) => self.last_held(volume, epoch, &record)?,
-            None => epoch,
-        };
+            last_held = last(held.as_ref(), epoch);
+        }
         // A log of the epoch before ours is still true: it is what a forced detach on this node left, and with
         // anybody else in between there would be one more.
-        let is_true = last + 1 >= status.epoch && epoch <= status.epoch;
+        let is_true = last_held + 1 >= status.epoch && epoch <= status.epoch;
         Ok((!is_true)
             .then(|| format!("the volume was attached elsewhere since ({entries} entries of epoch {epoch})")))
     }
@@ -340,12 +348,6 @@ impl LinuxHost {
         remove(std::fs::remove_file(&path), &path)
     }
 
-    /// Up to which epoch nobody else had the volume, since a log of this epoch was written here.
-    fn last_held(&self, volume: &VolumeId, epoch: u64, record: &VolumeRecord) -> Result<u64> {
-        let held = self.held(volume)?.filter(|held| held.created == record.created);
-        Ok(held.map_or(epoch, |held| held.epoch.max(epoch)))
-    }
-
     fn note_held(&self, volume: &VolumeId, record: &VolumeRecord) -> Result<()> {
         let folder = self.dirs.volume_run(volume);
         let path = folder.join(HELD);
@@ -364,20 +366,19 @@ impl LinuxHost {
             }
             other => other?,
         };
-        if held.as_ref().is_some_and(|held| held.created != record.created) {
+        if held.as_ref().is_some_and(|held| !held.is_of(record)) {
             // Of another volume of this name: the log and what is noted of it stay as they are.
             return Ok(());
         }
-        let last = |epoch: u64| held.as_ref().map_or(epoch, |held| held.epoch.max(epoch));
         match self.peek_log(volume)? {
             Peeked::Nothing | Peeked::Void { .. } => Ok(()),
             Peeked::Left { entries, epoch, .. } if epoch == record.epoch && !self.force() => {
                 Err(would_lose(volume, entries, "which an attach elsewhere would make void"))
             }
-            Peeked::Left { epoch, .. } if last(epoch) + 1 >= record.epoch => self.note_held(volume, record),
+            Peeked::Left { epoch, .. } if last(held.as_ref(), epoch) + 1 >= record.epoch => self.note_held(volume, record),
             Peeked::Left { .. } => Ok(()),
             // It was let go by force before, and only the attach that replaces it has come to nothing.
-            Peeked::Damaged { .. } if held.as_ref().is_some_and(|held| held.is_of(record)) => {
+            Peeked::Damaged { .. } if held.as_ref().is_some_and(|held| held.epoch + 1 >= record.epoch) => {
                 self.note_held(volume, record)
             }
             Peeked::Damaged { why } if !self.force() => Err(Error::refused(format!(

@@ -108,8 +108,11 @@ pub fn supported() -> Result<Support> {
     }
 }
 
-/// Why there are no NBD devices; none where there can be some.
-pub fn absent() -> Option<Error> {
+/// Why there are no NBD devices, where the kernel has none.
+pub fn absent(capacity: &capacity::Capacity) -> Option<Error> {
+    if capacity.available {
+        return None;
+    }
     supported().and_then(|support| support.require()).err()
 }
 
